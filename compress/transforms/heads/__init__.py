@@ -1,0 +1,1 @@
+"""Removing, replacing and factorizing attention heads."""

@@ -1,0 +1,1 @@
+"""Windowed and linear attention in place of full softmax attention."""

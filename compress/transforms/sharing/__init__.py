@@ -1,0 +1,1 @@
+"""Sharing attention across layers and diffusion steps."""
