@@ -39,17 +39,18 @@ def run(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return answer(model(**inputs(batch)))
 
 
-def objective(output: Tensor, is_logits: bool, generator: torch.Generator) -> Tensor:
-    """A label-free loss whose squared gradient is the Fisher information of the output.
+def objective(output, generator: torch.Generator) -> Tensor:
+    """A label-free loss of a model's output whose squared gradient is the Fisher information.
 
     Logits: cross-entropy to labels drawn from the model's own distribution. Anything else: a random projection.
     """
-    if is_logits:
-        flat = output.flatten(0, -2).float()
+    main = answer(output)
+    if isinstance(output, Mapping) and output.get("logits") is main:
+        flat = main.flatten(0, -2).float()
         labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
         return F.cross_entropy(flat, labels.to(flat.device), reduction="sum")
-    direction = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-    return (output * direction).sum()
+    direction = torch.randn(main.shape, generator=generator).to(main.device, main.dtype)
+    return (main * direction).sum()
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

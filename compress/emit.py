@@ -1,0 +1,68 @@
+"""From the model in memory to a proven folder: save, probe, seal, verify, report, card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from compress.checkpoint import choose_format, copy_companions, save, seal
+from compress.errors import CompressError
+from compress.example import example
+from compress.outputs import inputs
+from compress.source import Source
+from compress.verify import verify, write_probe
+
+
+def write(source: Source, folder: Path, steps: list[dict], batch: dict | None, *, format: str, shard: str, facts: dict):
+    """Write the checkpoint into `folder` without verifying it yet; returns (format, why)."""
+    model = source.model
+    chosen, why = choose_format(model, source.library, steps, format)
+    save(model, folder, chosen, steps, shard=shard, pipeline=source.pipeline)
+    copy_companions(source.folder, folder)
+    write_probe(model, probe_inputs(model, batch), folder)
+    seal(folder, {"format": chosen, "library": source.library, "class": type(model).__name__,
+                  "component": source.component, "steps": steps, **facts})  # fmt: skip
+    return chosen, why
+
+
+def prove(folder: Path) -> dict:
+    """Verify the folder; one that does not give the answers of the model in memory is an error."""
+    verified = verify(folder)
+    if not verified["passed"]:
+        raise CompressError(
+            f"{folder}: reloaded in a fresh process it differs from the model in memory by {verified['error']:.2g}"
+        )
+    return verified
+
+
+def probe_inputs(model: nn.Module, batch: dict | None, tokens: int = 32) -> dict:
+    """One example of real data, cut short; without data a made-up one."""
+    if batch is None:
+        return example(model)
+    cut = {}
+    for name, value in inputs(batch).items():
+        short = value[:1] if isinstance(value, Tensor) and value.dim() else value
+        text = isinstance(short, Tensor) and short.dim() == 2 and not short.is_floating_point()
+        cut[name] = short[:, :tokens] if text else short
+    return cut
+
+
+def weight_bytes(folder: Path | None, model: nn.Module) -> int:
+    """Bytes of the weight files, or of the tensors of a model that was never on disk."""
+    if folder is not None:
+        return sum(path.stat().st_size for path in folder.rglob("*.safetensors") if path.name != "probe.safetensors")
+    return tensor_bytes(model)
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and saved buffers, shared ones once."""
+    return sum(value.numel() * value.element_size() for value in unique_tensors(model))
+
+
+def unique_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and saved buffers, shared ones once."""
+    found = {id(value): value for _, value in model.named_parameters()}
+    saved = set(model.state_dict())
+    found |= {id(value): value for name, value in model.named_buffers() if name in saved}
+    return list(found.values())

@@ -1,0 +1,87 @@
+"""A plan as it is kept in a checkpoint, and its replay on an empty model before the weights are loaded.
+
+Plans are keyed by on-disk tensor names: libraries rename their modules from version to version, but have to go on
+reading old tensor names. An edit of a module is anchored at its first parameter: the tensor's name on disk and how many name
+parts lie between that parameter and the module.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from compress.errors import CompressError
+from compress.transform import Plan, find
+from compress.view import View
+
+FORMAT = 1  # of the record in a checkpoint; a reader refuses newer ones
+
+
+def record(model: nn.Module, use: str, plan: Plan) -> dict:
+    """The JSON form of one step, taken before the step is applied."""
+    edits = [{**_anchor(model, path), "edit": edit} for path, edit in plan.edits.items()]
+    return {"use": use, "edits": edits}
+
+
+def replay(model: nn.Module, steps: list[dict], version: int = FORMAT) -> None:
+    """Apply recorded steps to a freshly built model, usually on the meta device."""
+    if version > FORMAT:
+        raise CompressError(f"the checkpoint has record format {version}, this compress reads up to {FORMAT}: upgrade it")
+    for step in steps:
+        plan = Plan({path: entry["edit"] for entry in step["edits"] if (path := _path(model, entry)) is not None})
+        if step["edits"] and not plan.edits:
+            raise CompressError(f"step {step['use']} of the checkpoint fits no module of {type(model).__name__}")
+        method = find(step["use"])
+        method.apply(method.model_construct(), View(model), plan)
+
+
+def on_disk(model: nn.Module, name: str) -> str:
+    """The name under which the model's library saves a tensor."""
+    for renaming in reversed(_renamings(model, saving=True)):
+        name, _ = renaming.reverse_transform().rename_source_key(name)
+    return name
+
+
+def keeps_disk_names(model: nn.Module) -> bool:
+    """Can the library save under the old names, or would it have to split or join tensors that we changed?"""
+    return all(hasattr(conversion, "rename_source_key") and not hasattr(conversion, "operations") for conversion in _all(model))
+
+
+def _anchor(model: nn.Module, path: str) -> dict:
+    module = model.get_submodule(path)
+    first = next((name for name, _ in module.named_parameters()), None)
+    assert first is not None, f"{path} owns no parameter, so its edit cannot be found again"
+    name = f"{path}.{first}" if path else first
+    return {"tensor": on_disk(model, name), "up": first.count(".") + 1}
+
+
+def _path(model: nn.Module, entry: dict) -> str | None:
+    """The module of a recorded edit in this model; None for a part that this class of the family does not have."""
+    name = entry["tensor"]
+    for renaming in _renamings(model, saving=False):
+        name, _ = renaming.rename_source_key(name)
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for candidate in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}"):
+        if candidate in names:
+            return candidate.rsplit(".", entry["up"])[0]
+    return None
+
+
+def _all(model: nn.Module) -> list:
+    """The library's conversions between disk and memory, in the order of loading."""
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None or not hasattr(getattr(model, "config", None), "model_type"):
+        return known or []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model, add_legacy=False)
+
+
+def _renamings(model: nn.Module, saving: bool) -> list:
+    if not keeps_disk_names(model):
+        return []
+    from_scratch = getattr(model, "_weight_conversions", None) is None
+    conversions = _all(model)
+    if saving and from_scratch:  # like transformers' own saving, which cannot know whether the prefix was there
+        conversions = [conversion for conversion in conversions if not hasattr(conversion, "prefix_to_add")]
+    return conversions

@@ -1,0 +1,182 @@
+"""Where a model comes from: a hub id, a folder or an object of the user; transformers, diffusers or a whole pipeline."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.errors import CompressError
+
+DENOISERS = ("transformer", "unet", "prior")  # components of a diffusers pipeline that a recipe compresses
+
+
+@dataclass
+class Source:
+    """A model with what belongs to it; `original()` gives the untouched model again for comparison."""
+
+    name: str
+    model: nn.Module
+    library: str  # "transformers" | "diffusers" | "torch"
+    folder: Path | None = None
+    component: str | None = None  # the part of `pipeline` that is `model`
+    pipeline: Any = None
+    own_processor: Any = None
+    untouched: nn.Module | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+    @cached_property
+    def processor(self):
+        """The tokenizer or image processor saved beside the model, or None."""
+        return self.own_processor or (self.folder and _processor(self.folder))
+
+    def original(self) -> nn.Module:
+        """The model as it was: read again from its folder (memory-mapped), or the copy made of a user's object."""
+        if self.untouched is None:
+            assert self.folder is not None
+            fresh = open_source(str(self.folder), device=self.device, dtype=self.dtype)
+            self.untouched = fresh.model
+        return self.untouched
+
+
+def open_source(name: str, *, device: str | None = None, dtype: str | None = None, meta: bool = False) -> Source:
+    """Load a model by hub id or folder; with `meta` only its structure, from the config alone."""
+    folder = _folder(name, configs_only=meta)
+    source = Source(name, nn.Identity(), "torch", folder, device=device, dtype=dtype)
+    if (folder / "model_index.json").exists():
+        source.library = "diffusers"
+        index = _json(folder / "model_index.json")
+        source.component = next((part for part in DENOISERS if part in index), None)
+        if source.component is None:
+            raise CompressError(f"{name}: the pipeline has none of the parts {', '.join(DENOISERS)}")
+        source.model = _diffusers(folder / source.component, dtype, meta)
+        source.pipeline = None if meta else _pipeline(folder, source.component, source.model, dtype)
+    else:
+        config = _json(folder / "config.json") if (folder / "config.json").exists() else {}
+        if "quantization_config" in config:
+            method = config["quantization_config"].get("quant_method")
+            raise CompressError(f"{name}: is already compressed ({method}); give the original model")
+        if "_class_name" in config:
+            source.library, source.model = "diffusers", _diffusers(folder, dtype, meta)
+        elif "model_type" in config:
+            source.library, source.model = "transformers", _transformers(folder, config, dtype, meta)
+        else:
+            raise CompressError(f"{name}: has no config.json of a transformers or diffusers model and no model_index.json")
+    source.model.eval()
+    if device and not meta:
+        source.model.to(device)
+    return source
+
+
+def adopt(model: nn.Module, processor=None) -> Source:
+    """Take a model object that the user made; the recipe changes it in place, a copy is kept for comparison."""
+    library = "torch"
+    if hasattr(model, "config_name") and hasattr(model, "register_to_config"):
+        library = "diffusers"
+    elif hasattr(getattr(model, "config", None), "model_type"):
+        library = "transformers"
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None) or type(model).__name__
+    folder = Path(name) if name and Path(str(name)).is_dir() else None
+    untouched = copy.deepcopy(model).eval()
+    return Source(str(name), model.eval(), library, folder, own_processor=processor, untouched=untouched)
+
+
+def _folder(name: str, configs_only: bool) -> Path:
+    """The local folder of a hub id or path; `configs_only` spares the download of the weights."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CompressError(f"{name}: is neither a folder nor a hub id such as 'owner/name'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model"]
+    patterns += [] if configs_only else ["*.safetensors", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CompressError(f"{name}: cannot be had from the hub: {str(error).splitlines()[0]}") from error
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CompressError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def _dtype(dtype: str | None):
+    if dtype in (None, "auto"):
+        return "auto"
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise CompressError(f"--dtype is {dtype}, it must be float32, bfloat16, float16 or auto")
+    return getattr(torch, dtype)
+
+
+def _transformers(folder: Path, config: dict, dtype: str | None, meta: bool) -> nn.Module:
+    import transformers
+
+    names = config.get("architectures") or ["AutoModel"]
+    cls = getattr(transformers, names[0], None)
+    if cls is None:
+        raise CompressError(f"{folder}: transformers {transformers.__version__} has no class {names[0]}")
+    if meta:
+        wanted = _dtype(dtype if dtype not in (None, "auto") else config.get("dtype") or config.get("torch_dtype"))
+        loaded = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = cls._from_config(loaded) if names[0] != "AutoModel" else cls.from_config(loaded)
+        return model if wanted == "auto" else model.to(wanted)
+    if not any(folder.glob("*.safetensors")):
+        raise CompressError(f"{folder}: has no safetensors weights, other formats are not read")
+    try:
+        return cls.from_pretrained(folder, dtype=_dtype(dtype), use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CompressError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _diffusers(folder: Path, dtype: str | None, meta: bool) -> nn.Module:
+    import diffusers
+
+    config = _json(folder / "config.json")
+    if "quantization_config" in config:
+        raise CompressError(f"{folder}: is already compressed; give the original model")
+    cls = getattr(diffusers, config.get("_class_name", ""), None)
+    if cls is None:
+        raise CompressError(f"{folder}: diffusers {diffusers.__version__} has no class {config.get('_class_name')}")
+    if meta:
+        with torch.device("meta"):
+            return cls.from_config(config)
+    if not any(folder.glob("*.safetensors")):
+        raise CompressError(f"{folder}: has no safetensors weights, other formats are not read")
+    wanted = _dtype(dtype)
+    return cls.from_pretrained(folder, use_safetensors=True, **({} if wanted == "auto" else {"torch_dtype": wanted}))
+
+
+def _pipeline(folder: Path, component: str, model: nn.Module, dtype: str | None):
+    import diffusers
+
+    wanted = _dtype(dtype)
+    extra = {} if wanted == "auto" else {"torch_dtype": wanted}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **{component: model}, **extra)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _processor(folder: Path):
+    """The tokenizer or image processor of a folder, by the files that are there."""
+    import transformers
+
+    if any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    if (folder / "preprocessor_config.json").exists():
+        return transformers.AutoImageProcessor.from_pretrained(folder)
+    return None

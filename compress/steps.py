@@ -1,0 +1,123 @@
+"""The steps of a recipe on one model: plan -> calibrate -> apply, with a ledger of what each did."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from compress.emit import probe_inputs, tensor_bytes, unique_tensors
+from compress.errors import CompressError, one_of
+from compress.flops import count
+from compress.journal import Journal
+from compress.outputs import relative_error, run
+from compress.progress import say
+from compress.recipe import Recipe, Step
+from compress.replay import record, replay
+from compress.source import Source
+from compress.transform import Plan
+from compress.view import View
+
+
+def run_steps(source: Source, recipe: Recipe, batches: list[dict], journal: Journal | None) -> list[dict]:
+    """Run all steps, going on after those that the journal holds; returns their rows (record and ledger)."""
+    rows = list(journal.steps) if journal else []
+    if rows:
+        say(f"going on after step {len(rows)} ({rows[-1]['record']['use']})")
+        replay(source.model, [row["record"] for row in rows])
+        journal.restore(source.model)
+    probe = probe_inputs(source.model, batches[0] if batches else None, tokens=128)
+    with torch.no_grad():
+        reference = run(source.original(), probe)
+    for number, step in enumerate(recipe.steps):
+        if number < len(rows):
+            continue
+        say(f"step {number + 1} of {len(recipe.steps)}: {step.use}")
+        seed_everything(recipe.seed + number)
+        row = run_step(source.model, step, batches, rows)
+        row["ledger"] |= standing(source.model, probe, reference)
+        rows.append(row)
+        if journal:
+            journal.add(source.model, row)
+    return rows
+
+
+def run_step(model: nn.Module, step: Step, batches: list[dict], before: list[dict]) -> dict:
+    """One step on the model; a step that changes nothing is an error."""
+    started = time.monotonic()
+    plan = planned(model, step, before)
+    if step.method.needs_data:
+        if not batches:
+            raise CompressError(f"{step.where}: {step.use} looks at data; give the recipe a calibrate section")
+        plan = step.method.calibrate(View(model), plan, batches)
+        if not plan.edits:
+            raise CompressError(f"{step.where}: {step.use} changed nothing on this data")
+    kept = record(model, step.use, plan)
+    step.method.apply(View(model), plan)
+    ledger = {
+        "use": step.use,
+        "options": step.method.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+        "modules": list(plan.edits),
+        "notes": plan.notes,
+        "seconds": time.monotonic() - started,
+    }
+    return {"record": kept, "ledger": ledger}
+
+
+def planned(model: nn.Module, step: Step, before: list[dict]) -> Plan:
+    """The step's plan, refused when it takes nothing or takes again what cannot be taken twice."""
+    plan = step.method.plan(View(model))
+    if not plan.edits:
+        reasons = [f"{path} ({why})" for path, why in plan.notes.get("refused", {}).items()]
+        why = f"; refused: {one_of(reasons, 3)}" if reasons else ""
+        raise CompressError(f"{step.where}: {step.use} matched nothing that it would change{why}")
+    family = step.use.split(".")[0]
+    for row in before:
+        again = set(row["ledger"]["modules"]) & set(plan.edits)
+        if again and family != "heads" and row["record"]["use"].split(".")[0] == family:
+            raise CompressError(
+                f"{step.where}: {step.use} takes {one_of(sorted(again), 2)}, which {row['record']['use']} already took; "
+                "keep them apart with only and except"
+            )
+    return plan
+
+
+def standing(model: nn.Module, probe: dict, reference: Tensor | None) -> dict:
+    """How the model stands: parameters, bytes, FLOPs on the probe, relative error of its answers."""
+    facts = {
+        "parameters": sum(tensor.numel() for tensor in unique_tensors(model)),
+        "bytes": tensor_bytes(model),
+        "flops": count(model, probe),
+        "error": None,
+    }
+    if reference is not None:
+        with torch.no_grad():
+            facts["error"] = relative_error(run(model, probe), reference)
+    return facts
+
+
+def seed_everything(seed: int) -> None:
+    """The same random numbers for a step whether the run was interrupted before it or not."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def plan_steps(source: Source, recipe: Recipe, peak: Callable[[nn.Module, dict], int]) -> list[dict]:
+    """Plan every step on an empty model: what it takes and how the model would stand after it."""
+    probe = probe_inputs(source.model, None)
+    rows = [{"ledger": {"use": "as it is", "modules": [], **standing(source.model, probe, None)}}]
+    rows[0]["ledger"]["memory"] = peak(source.model, probe)
+    for step in recipe.steps:
+        before = [row for row in rows if "record" in row]
+        plan = planned(source.model, step, before)
+        kept = record(source.model, step.use, plan)
+        step.method.apply(View(source.model), plan)
+        ledger = {"use": step.use, "modules": list(plan.edits), "notes": plan.notes}
+        ledger |= standing(source.model, probe, None) | {"memory": peak(source.model, probe)}
+        rows.append({"record": kept, "ledger": ledger})
+    return rows

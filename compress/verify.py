@@ -1,0 +1,97 @@
+"""Proof by reloading: a fresh process loads the folder as a user would and compares its answers with the model that was saved.
+
+A small probe (inputs, and a sample of the outputs they gave) lies in the folder, so that `compress verify` can be repeated
+anywhere and at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compress.checkpoint import check_files, load
+from compress.errors import CompressError
+from compress.outputs import answer, relative_error
+
+PROBE = "probe.safetensors"
+SAMPLES = 65536  # of the output's numbers, evenly spread, are kept
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def write_probe(model: nn.Module, inputs: dict, folder: Path) -> None:
+    """Keep the inputs and what the model in memory answers to them."""
+    tensors = {f"input.{name}": value.cpu().contiguous() for name, value in inputs.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
+    tensors["output"] = _sample(_ask(model, inputs))
+    save_file(tensors, folder / PROBE, metadata={"others": json.dumps(others)})
+
+
+def verify(folder: str | Path) -> dict:
+    """Reload in a fresh process; {passed, how, error}. A damaged folder or a failing load is a CompressError."""
+    check_files(folder)
+    command = [sys.executable, "-W", "ignore", "-m", "compress.verify", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise CompressError(f"{folder}: cannot be loaded in a fresh process: {lines[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(folder: Path) -> dict:
+    """Load with plain `from_pretrained` and ask the probe; runs in the fresh process."""
+    facts = check_files(folder)
+    loader = "compress.load"
+    if facts["format"] == "compressed-tensors":
+        model = load(folder)
+    else:
+        import diffusers
+        import transformers
+
+        name = "DiffusionPipeline" if facts["component"] else facts["class"]
+        loader = f"{name}.from_pretrained"
+        options = {"dtype": "auto"} if facts["library"] == "transformers" else {}
+        model = getattr(transformers if facts["library"] == "transformers" else diffusers, name).from_pretrained(
+            folder, **options
+        )
+    if facts["component"]:
+        model = getattr(model, facts["component"])
+    with safe_open(folder / PROBE, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        inputs = json.loads(file.metadata()["others"])
+    expected = tensors.pop("output")
+    inputs |= {name.removeprefix("input."): value for name, value in tensors.items()}
+    got = _sample(_ask(model.eval(), inputs))
+    if got.shape != expected.shape:
+        raise CompressError(f"{folder}: the reloaded model answers in another shape")
+    same = torch.equal(got, expected)
+    error = 0.0 if same else relative_error(got, expected)
+    dtype = next(model.parameters()).dtype
+    passed = same or error <= TOLERANCE.get(dtype, 1e-5)
+    how = f"{loader} in a fresh process, {'bit-equal' if same else 'not bit-equal'}"
+    return {"passed": passed, "how": how, "error": error, "bit_equal": same}
+
+
+@torch.no_grad()
+def _ask(model: nn.Module, inputs: dict) -> Tensor:
+    device = next(model.parameters()).device
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return answer(model(**moved)).cpu()
+
+
+def _sample(output: Tensor) -> Tensor:
+    flat = output.flatten()
+    return flat[:: max(1, flat.numel() // SAMPLES)].contiguous()
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(compare(Path(sys.argv[1]))))
+    except CompressError as error:
+        sys.exit(str(error))
