@@ -1,0 +1,107 @@
+"""Floating point operations of one forward, and the memory it needs; both also on the meta device, without weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.outputs import inputs
+
+
+def count(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """Multiplications and additions of all matrix products, convolutions and attentions of one forward.
+
+    A quantized layer counts like the matrix product that it stands for, and a causal mask halves nothing.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+        model(**_on(model, batch))
+    return counter.get_total_flops()
+
+
+def memory(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """Bytes of the weights, plus the most bytes that the tensors of one forward held at the same time.
+
+    On CUDA the allocator tells the second part. Elsewhere every tensor is followed from the operation that made it to
+    its end, so a second run gives the same figure; scratch space inside one operation is not seen.
+    """
+    weights = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    call, device = _on(model, batch), _device(model)
+    with torch.no_grad():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            model(**call)
+            return sum(weights.values()) + torch.cuda.max_memory_allocated(device) - before
+        with Living() as living:
+            model(**call)
+    return sum(weights.values()) + living.peak
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of the storages that operations made and that are still referred to."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
+                self._follow(leaf.untyped_storage())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self.known:
+            return
+
+        def gone(_) -> None:
+            self.bytes -= size
+            del self.known[key]
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.bytes += size
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict:
+    """The forward arguments where the model is; on meta without the padding mask, whose values models look at."""
+    device = _device(model)
+    call = {name: value for name, value in inputs(batch).items() if device.type != "meta" or name != "attention_mask"}
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, call)
+
+
+def _linear(x, *args, out_shape=None, **kwargs) -> int:
+    return 2 * prod(out_shape) * x[-1]
+
+
+def _attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _formulas() -> dict:
+    """Formulas of the operations that torch leaves out: attention on a CPU, and quantized linear layers."""
+    aten = torch.ops.aten
+    formulas = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    for operation in (aten._int_mm, aten._weight_int8pack_mm, aten._weight_int4pack_mm):
+        formulas[operation] = _linear
+    for name in torch.ops.compress:  # our own, as far as the modules in use have registered them
+        if "linear" in name or "matmul" in name:
+            formulas[getattr(torch.ops.compress, name)] = _linear
+        elif "attention" in name:
+            formulas[getattr(torch.ops.compress, name)] = _attention
+    return formulas
