@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 
 import torch
@@ -20,8 +21,8 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 
     A quantized layer counts like the matrix product that it stands for, and a causal mask halves nothing.
     """
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
-        model(**_on(model, batch))
+    with _forward(model, batch) as call, FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+        model(**call)
     return counter.get_total_flops()
 
 
@@ -32,8 +33,8 @@ def memory(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     its end, so a second run gives the same figure; scratch space inside one operation is not seen.
     """
     weights = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    call, device = _on(model, batch), _device(model)
-    with torch.no_grad():
+    device = _device(model)
+    with _forward(model, batch) as call:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -78,11 +79,21 @@ def _device(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
-def _on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict:
-    """The forward arguments where the model is; on meta without the padding mask, whose values models look at."""
-    device = _device(model)
-    call = {name: value for name, value in inputs(batch).items() if device.type != "meta" or name != "attention_mask"}
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, call)
+@contextmanager
+def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[dict]:
+    """The forward arguments where the model is; on meta nothing makes the model look at their values."""
+    device, call, config = _device(model), inputs(batch), getattr(model, "config", None)
+    padding = getattr(config, "pad_token_id", None)
+    try:
+        if device.type == "meta":
+            call.pop("attention_mask", None)
+            if padding is not None:  # some models look for padding where no mask is given
+                config.pad_token_id = None
+        with torch.no_grad():
+            yield tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, call)
+    finally:
+        if padding is not None:
+            config.pad_token_id = padding
 
 
 def _linear(x, *args, out_shape=None, **kwargs) -> int:
