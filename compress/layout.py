@@ -38,6 +38,13 @@ class Watch(TorchFunctionMode):
         return {tuple(piece.unique().long().tolist()) for piece in self.pieces.values()}
 
 
+def sequences(module: nn.Module, is_pair: bool) -> list[str]:
+    """The arguments beside the first that may be hidden states: the required ones, and keys' for a key-value pair."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
+    plain = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [p.name for p in plain if p.default is p.empty or (is_pair and p.name in OTHER_SEQUENCE)]
+
+
 def splits(module: nn.Module, fused: nn.Module, is_pair: bool) -> set[tuple[int, ...]]:
     """The sets of output channels of `fused` that the forward of `module` takes apart."""
     channels = torch.arange(width_out(fused), dtype=torch.float32)
@@ -51,8 +58,7 @@ def splits(module: nn.Module, fused: nn.Module, is_pair: bool) -> set[tuple[int,
 
         handle = fused.register_forward_hook(number_channels)
         hidden = torch.zeros(*shape, width_in(fused), dtype=fused.weight.dtype, device=fused.weight.device)
-        parameters = inspect.signature(type(module).forward).parameters
-        others = {name: hidden for name in OTHER_SEQUENCE if is_pair and name in parameters}
+        others = {name: hidden for name in sequences(module, is_pair)}
         try:
             with torch.no_grad(), watch:
                 type(module).forward(module, hidden, **others)

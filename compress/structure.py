@@ -193,7 +193,7 @@ def find_output(attention: Attention, modules: dict[str, nn.Module]) -> str | No
             return path
     for path, child in near.items():  # Flux: proj_out(cat(attention, mlp))
         rest = width_in(child) - width
-        if width and rest > 0 and any(width_out(other) == rest for key, other in near.items() if key != path):
+        if width and rest > 0 and any(width_out(other) in (rest, 2 * rest) for key, other in near.items() if key != path):
             return path
     return None
 

@@ -164,3 +164,158 @@ MODELS = {
     "unet2d_condition": unet2d_condition,
     "unet2d": unet2d,
 }  # fmt: skip
+
+
+def audio(name: str, **options):
+    size = dict(conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(4, 2), num_conv_pos_embeddings=4)
+    size |= dict(num_feat_extract_layers=2, num_conv_pos_embedding_groups=2, vocab_size=32)
+    return of(name, "AutoModel", **(SIZE | size | options)), {"input_values": noise(2, 400)}
+
+
+def seq2seq(name: str, **options):
+    model = of(name, "AutoModelForSeq2SeqLM", **(ENCODER_DECODER | dict(max_position_embeddings=64) | options))
+    return model, {"input_ids": tokens(), "decoder_input_ids": tokens(7)}
+
+
+def siglip():
+    options = dict(text_config=TEXT | dict(projection_size=32), vision_config=IMAGE)
+    return of("siglip", "AutoModel", **options), {"input_ids": tokens(), "pixel_values": noise(2, 3, 32, 32)}
+
+
+def segformer():
+    size = dict(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[7, 3])
+    return image("segformer", **size, strides=[4, 2], num_attention_heads=[2, 4], mlp_ratios=[2, 2])
+
+
+def sam():
+    vision = SIZE | dict(image_size=32, patch_size=8, output_channels=16, window_size=2, global_attn_indexes=[1])
+    options = dict(vision_config=vision | dict(num_pos_feats=8, mlp_dim=64))
+    options |= dict(prompt_encoder_config=dict(hidden_size=16, image_size=32, patch_size=8, mask_input_channels=4))
+    options |= dict(mask_decoder_config=dict(hidden_size=16, num_attention_heads=2, mlp_dim=32, iou_head_hidden_dim=16))
+    return of("sam_vision_model", "AutoModel", **vision, num_pos_feats=8), {"pixel_values": noise(2, 3, 32, 32)}
+
+
+def qwen_image():
+    batch = dict(hidden_states=noise(2, 16, 4), encoder_hidden_states=noise(2, 5, 24), timestep=STEP / 10)
+    batch |= dict(encoder_hidden_states_mask=torch.ones(2, 5, dtype=torch.bool), img_shapes=[[(1, 4, 4)]] * 2)
+    size = dict(patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4)
+    return denoiser("QwenImageTransformer2DModel", batch, **size, joint_attention_dim=24, axes_dims_rope=(4, 6, 6))
+
+
+def auraflow():
+    batch = dict(hidden_states=noise(2, 4, 8, 8), encoder_hidden_states=noise(2, 5, 24), timestep=STEP / 10)
+    size = dict(sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, out_channels=4)
+    size |= dict(attention_head_dim=8, num_attention_heads=4, joint_attention_dim=24, caption_projection_dim=32)
+    return denoiser("AuraFlowTransformer2DModel", batch, **size, pos_embed_max_size=16)
+
+
+def sana():
+    batch = dict(hidden_states=noise(2, 4, 8, 8), encoder_hidden_states=noise(2, 5, 24), timestep=STEP)
+    size = dict(patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4)
+    size |= dict(num_cross_attention_heads=4, cross_attention_head_dim=8, cross_attention_dim=32, caption_channels=24)
+    return denoiser("SanaTransformer2DModel", batch, **size, sample_size=8)
+
+
+def cogvideox():
+    batch = dict(hidden_states=noise(2, 2, 4, 8, 8), encoder_hidden_states=noise(2, 5, 24), timestep=STEP)
+    size = dict(num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=8, num_layers=2)
+    size |= dict(text_embed_dim=24, sample_width=8, sample_height=8, sample_frames=5, patch_size=2, max_text_seq_length=5)
+    return denoiser("CogVideoXTransformer3DModel", batch, **size, temporal_compression_ratio=4)
+
+
+def hunyuan_video():
+    batch = dict(hidden_states=noise(1, 4, 2, 4, 4), encoder_hidden_states=noise(1, 5, 24), timestep=STEP[:1])
+    batch |= dict(encoder_attention_mask=torch.ones(1, 5), pooled_projections=noise(1, 16), guidance=torch.tensor([6000.0]))
+    size = dict(in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=16, num_layers=1, num_single_layers=1)
+    size |= dict(num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=24, pooled_projection_dim=16)
+    return denoiser("HunyuanVideoTransformer3DModel", batch, **size, rope_axes_dim=(4, 6, 6))
+
+
+def chroma():
+    batch = dict(hidden_states=noise(2, 16, 4), timestep=STEP / 10, encoder_hidden_states=noise(2, 5, 24))
+    batch |= dict(img_ids=torch.rand(16, 3), txt_ids=torch.zeros(5, 3), attention_mask=torch.ones(2, 21, dtype=torch.bool))
+    size = dict(patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=4)
+    size |= dict(joint_attention_dim=24, axes_dims_rope=(2, 2, 4), approximator_num_channels=8)
+    return denoiser("ChromaTransformer2DModel", batch, **size, approximator_hidden_dim=16, approximator_layers=1)
+
+
+def cogview3():
+    batch = dict(hidden_states=noise(2, 4, 8, 8), encoder_hidden_states=noise(2, 5, 24), timestep=STEP)
+    batch |= dict(original_size=torch.full((2, 2), 8.0), target_size=torch.full((2, 2), 8.0), crop_coords=torch.zeros(2, 2))
+    size = dict(patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, out_channels=4)
+    size |= dict(text_embed_dim=24, time_embed_dim=16, condition_dim=8, pos_embed_max_size=8, sample_size=8)
+    return denoiser("CogView3PlusTransformer2DModel", batch, **size)
+
+
+GQA = dict(num_key_value_heads=2)
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1)
+MORE = {
+    "mistral": lambda: text("mistral", **GQA),
+    "qwen2": lambda: text("qwen2", **GQA),
+    "qwen3_moe": lambda: text("qwen3_moe", **GQA, **MOE, head_dim=8),
+    "mixtral": lambda: text("mixtral", **GQA, num_local_experts=4),
+    "gemma": lambda: text("gemma", num_key_value_heads=1, head_dim=8),
+    "gemma2": lambda: text("gemma2", **GQA, head_dim=8),
+    "gemma3_text": lambda: text("gemma3_text", **GQA, head_dim=8),
+    "phi": lambda: text("phi"),
+    "phi3": lambda: text("phi3", **GQA),
+    "olmo": lambda: text("olmo", **GQA),
+    "olmo2": lambda: text("olmo2", **GQA),
+    "granite": lambda: text("granite", **GQA),
+    "stablelm": lambda: text("stablelm", **GQA),
+    "starcoder2": lambda: text("starcoder2", **GQA),
+    "cohere": lambda: text("cohere", **GQA),
+    "smollm3": lambda: text("smollm3", **GQA),
+    "gptj": lambda: text("gptj", n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+    "gpt_neo": lambda: text("gpt_neo", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
+    "gpt_neox": lambda: text("gpt_neox"),
+    "gpt_bigcode": lambda: text("gpt_bigcode", n_embd=32, n_layer=2, n_head=4, n_positions=64, multi_query=False),
+    "bloom": lambda: text("bloom", n_layer=2, n_head=4),
+    "falcon": lambda: text("falcon", num_kv_heads=2, new_decoder_architecture=True, alibi=False),
+    "falcon_mha": lambda: text("falcon", multi_query=False, new_decoder_architecture=False, alibi=False),
+    "mpt": lambda: text("mpt", d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    "persimmon": lambda: text("persimmon"),
+    "codegen": lambda: text("codegen", n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+    "biogpt": lambda: text("biogpt"),
+    "xglm": lambda: text("xglm", d_model=32, num_layers=2, attention_heads=4, ffn_dim=64),
+    "roberta": lambda: text("roberta", "AutoModel"),
+    "electra": lambda: text("electra", "AutoModel", embedding_size=16),
+    "albert": lambda: text("albert", "AutoModel", embedding_size=16),
+    "distilbert": lambda: text("distilbert", "AutoModel", dim=32, n_layers=2, n_heads=4, hidden_dim=64),
+    "mpnet": lambda: text("mpnet", "AutoModel"),
+    "deberta-v2": lambda: text("deberta-v2", "AutoModel", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "modernbert": lambda: text("modernbert", "AutoModel", cls_token_id=1, sep_token_id=2, local_attention=4),
+    "xlm-roberta": lambda: text("xlm-roberta", "AutoModel"),
+    "bart": lambda: seq2seq("bart"),
+    "mbart": lambda: seq2seq("mbart"),
+    "pegasus": lambda: seq2seq("pegasus"),
+    "marian": lambda: seq2seq("marian"),
+    "mt5": lambda: t5("mt5"),
+    "umt5": lambda: t5("umt5"),
+    "longt5": lambda: t5("longt5", local_radius=4),
+    "deit": lambda: image("deit", **IMAGE),
+    "beit": lambda: image("beit", **IMAGE, use_relative_position_bias=True),
+    "dinov3_vit": lambda: image("dinov3_vit", **IMAGE),
+    "vit_mae": lambda: image(
+        "vit_mae", **IMAGE, decoder_hidden_size=32, decoder_num_attention_heads=4, decoder_num_hidden_layers=1,
+        decoder_intermediate_size=64, mask_ratio=0.0,
+    ),
+    "swinv2": lambda: image(
+        "swinv2", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
+    ),
+    "segformer": segformer,
+    "sam_vision": sam,
+    "yolos": lambda: image("yolos", **(IMAGE | dict(image_size=[32, 32], num_detection_tokens=4))),
+    "siglip": siglip,
+    "wav2vec2": lambda: audio("wav2vec2"),
+    "hubert": lambda: audio("hubert"),
+    "wavlm": lambda: audio("wavlm", num_buckets=16, max_bucket_distance=32),
+    "sd3.5": lambda: sd3(qk_norm="rms_norm", dual_attention_layers=(0,)),
+    "qwen_image": qwen_image,
+    "auraflow": auraflow,
+    "sana": sana,
+    "cogvideox": cogvideox,
+    "hunyuan_video": hunyuan_video,
+    "chroma": chroma,
+    "cogview3": cogview3,
+}  # fmt: skip
