@@ -88,7 +88,8 @@ class Page:
     def refuse(self, path: tuple, message: str, place: tuple[int, int] | None = None) -> None:
         """Note a mistake in the value at `path`; what could not be read at all is not reported twice."""
         if path not in self.unread:
-            self.mistakes.append((place or self._place(path), f"{self.where(path, place)}: {message}"))
+            line = f"{self.where(path, place)}: {message}".replace("\n", " ")  # a method's own words may have two
+            self.mistakes.append((place or self._place(path), line))
 
     def finish(self) -> None:
         """Raise all mistakes as one error, a line each, in the order of the text."""

@@ -38,7 +38,7 @@ class Merge(Transform):
     @model_validator(mode="after")
     def _agree(self):
         if self.exact and self.ratio:
-            raise ValueError("exact is true, ratio must be left out")
+            raise ValueError("exact is true,\nratio must be left out")
         return self
 
 
