@@ -7,11 +7,11 @@ registers the quantizer and hands over to the library's own class, so nothing ab
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from compress.transform import find
 
-PACKAGES = {"compress": Path(__file__).parent}
 _IMPORT = re.compile(r"^(\s*)from (compress(?:_kernels)?(?:\.\w+)*) import (\(?.*)$")
 _LIBRARY_IMPORT = re.compile(r"^(\s+)from ((?:diffusers|transformers|triton)[\w.]*) import (\w+)$")
 
@@ -117,12 +117,7 @@ def _flat(name: str) -> str:
 
 def _source(name: str) -> Path:
     """The file of one of our modules."""
-    import compress_kernels
-
-    roots = {"compress": Path(__file__).parent, "compress_kernels": Path(compress_kernels.__file__).parent}
-    first, *rest = name.split(".")
-    path = roots[first].joinpath(*rest)
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return Path(find_spec(name).origin)
 
 
 def _relative(text: str, library: str) -> tuple[str, list[str]]:

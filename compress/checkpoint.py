@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from compress.align import align_file
 from compress.bundle import bundle
 from compress.errors import CompressError
 from compress.replay import FORMAT, keeps_disk_names
@@ -57,6 +58,8 @@ def save(model: nn.Module, folder: Path, format: str, steps: list[dict], *, shar
         _save_diffusers(model, folder, steps, shard, pipeline)
     else:
         raise CompressError(f"{type(model).__name__}: only transformers and diffusers models can be saved")
+    for path in folder.rglob("*.safetensors"):
+        align_file(path)
 
 
 def seal(folder: Path, facts: dict) -> None:
@@ -93,9 +96,6 @@ def check_files(folder: str | Path) -> dict:
 
 def load(folder: str | Path, **options):
     """Load an emitted folder with our kernels, whichever format it has; a pipeline folder gives the pipeline."""
-    import compress.register
-
-    compress.register.register()
     folder, facts = Path(folder), read_sidecar(folder)
     if facts["library"] == "diffusers":
         import diffusers
@@ -204,6 +204,13 @@ def _auto_classes(model: nn.Module) -> list[str]:
     return found
 
 
+def auto_class(model: nn.Module) -> str:
+    """The most telling name through which users load this model."""
+    if View(model).library != "transformers":
+        return type(model).__name__
+    return next((name for name in _auto_classes(model) if name != "AutoModel"), "AutoModel")
+
+
 def _rename_weights(folder: Path) -> None:
     """Give the weights the name that only our quantizer points the loader at."""
     for path in sorted(folder.glob("model*.safetensors")):
@@ -251,6 +258,7 @@ def _save_diffusers(model: nn.Module, folder: Path, steps: list[dict], shard: st
         (target / file).write_text(text)
     saved = json.loads((target / "config.json").read_text())
     saved["auto_map"] = {"AutoModel": f"modeling_compress.{name}"}
+    saved.pop("_name_or_path", None)  # where this copy came from is nobody's business and changes the bytes
     (target / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
 

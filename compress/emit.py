@@ -6,19 +6,25 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from compress.checkpoint import choose_format, copy_companions, save, seal
+from compress.card import card
+from compress.checkpoint import auto_class, choose_format, copy_companions, save, seal
 from compress.errors import CompressError
 from compress.example import example
 from compress.outputs import inputs
+from compress.recipe import Emit, Recipe
+from compress.report import Report
 from compress.source import Source
 from compress.verify import verify, write_probe
+from compress.view import View
 
 
-def write(source: Source, folder: Path, steps: list[dict], batch: dict | None, *, format: str, shard: str, facts: dict):
-    """Write the checkpoint into `folder` without verifying it yet; returns (format, why)."""
+def write(
+    source: Source, folder: Path, steps: list[dict], batch: dict | None, options: Emit, facts: dict
+) -> tuple[str, str]:
+    """Write the checkpoint into `folder` without verifying it yet; returns the format and why it was taken."""
     model = source.model
-    chosen, why = choose_format(model, source.library, steps, format)
-    save(model, folder, chosen, steps, shard=shard, pipeline=source.pipeline)
+    chosen, why = choose_format(model, source.library, steps, options.format)
+    save(model, folder, chosen, steps, shard=options.shard, pipeline=source.pipeline)
     copy_companions(source.folder, folder)
     write_probe(model, probe_inputs(model, batch), folder)
     seal(folder, {"format": chosen, "library": source.library, "class": type(model).__name__,
@@ -48,10 +54,39 @@ def probe_inputs(model: nn.Module, batch: dict | None, tokens: int = 32) -> dict
     return cut
 
 
+def describe(report: Report, folder: Path, recipe: Recipe, source: Source) -> None:
+    """Write the report and the card into the folder."""
+    report.write(folder)
+    loader = "DiffusionPipeline" if source.component else auto_class(source.model)
+    data = recipe.validate_.data if recipe.validate_ else None
+    text = card(report, recipe.source, library=source.library, loader=loader, license=_license(source), dataset=data)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _license(source: Source) -> str | None:
+    """The licence that the original's card states."""
+    from huggingface_hub import ModelCard
+
+    path = source.folder and source.folder / "README.md"
+    return ModelCard.load(path).data.get("license") if path and path.exists() else None
+
+
+def bytes_by_block(source: Source) -> dict[str, tuple[float, float]]:
+    """Bytes of every layer, and of the rest, before and after."""
+    sides = [_by_block(source.original()), _by_block(source.model)]
+    return {path: (sides[0][path], sides[1].get(path, 0)) for path in sides[0]}
+
+
+def _by_block(model: nn.Module) -> dict[str, float]:
+    paths = [block.path for block in View(model).blocks()]
+    found = {path: float(tensor_bytes(model.get_submodule(path))) for path in paths}
+    return found | {"rest": tensor_bytes(model) - sum(found.values())}
+
+
 def weight_bytes(folder: Path | None, model: nn.Module) -> int:
     """Bytes of the weight files, or of the tensors of a model that was never on disk."""
     if folder is not None:
-        return sum(path.stat().st_size for path in folder.rglob("*.safetensors") if path.name != "probe.safetensors")
+        return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     return tensor_bytes(model)
 
 

@@ -23,14 +23,19 @@ from compress.transform import Plan
 from compress.view import View
 
 
-def run_steps(source: Source, recipe: Recipe, batches: list[dict], journal: Journal | None) -> list[dict]:
-    """Run all steps, going on after those that the journal holds; returns their rows (record and ledger)."""
+def run_steps(
+    source: Source, recipe: Recipe, batches: list[dict], sample: dict | None, journal: Journal | None
+) -> list[dict]:
+    """Run all steps, going on after those that the journal holds; returns their rows (record and ledger).
+
+    `batches` calibrate; on `sample`, which is not among them where there is validation data, the ledger's error is taken.
+    """
     rows = list(journal.steps) if journal else []
     if rows:
         say(f"going on after step {len(rows)} ({rows[-1]['record']['use']})")
         replay(source.model, [row["record"] for row in rows])
         journal.restore(source.model)
-    probe = probe_inputs(source.model, batches[0] if batches else None, tokens=128)
+    probe = probe_inputs(source.model, sample, tokens=128)
     with torch.no_grad():
         reference = run(source.original(), probe)
     for number, step in enumerate(recipe.steps):

@@ -16,17 +16,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compress.align import align_model
 from compress.checkpoint import check_files, load
 from compress.errors import CompressError
 from compress.outputs import answer, relative_error
 
-PROBE = "probe.safetensors"
+PROBE = "verify.probe"  # a safetensors file, but none of the model's weights
 SAMPLES = 65536  # of the output's numbers, evenly spread, are kept
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def write_probe(model: nn.Module, inputs: dict, folder: Path) -> None:
     """Keep the inputs and what the model in memory answers to them."""
+    align_model(model)
     tensors = {f"input.{name}": value.cpu().contiguous() for name, value in inputs.items() if isinstance(value, Tensor)}
     others = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
     tensors["output"] = _sample(_ask(model, inputs))

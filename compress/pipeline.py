@@ -1,0 +1,278 @@
+"""The straight line: recipe -> load -> [plan -> calibrate -> apply] per step -> write -> measure -> gate -> verify -> report."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress import emit
+from compress.errors import CompressError, LimitMissed
+from compress.example import example
+from compress.flops import memory
+from compress.journal import Journal, fingerprint
+from compress.measure import Measure
+from compress.metrics import METRICS
+from compress.recipe import Data, Recipe
+from compress.report import Report
+from compress.source import Source, adopt, open_source
+from compress.steps import plan_steps, run_steps, seed_everything
+
+
+@dataclass
+class Result:
+    """What a run made: the model in memory, its report, and the folder if one was asked for."""
+
+    model: nn.Module
+    report: Report
+    folder: Path | None = None
+    source: Source | None = field(default=None, repr=False)
+    recipe: Recipe | None = field(default=None, repr=False)
+    steps: list[dict] = field(default_factory=list, repr=False)
+    batch: dict | None = field(default=None, repr=False)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the result into a new folder, verified; the folder appears whole or not at all."""
+        folder = Path(folder)
+        if folder.exists():
+            raise CompressError(f"{folder}: exists already; choose another folder")
+        if self.folder is not None:
+            shutil.copytree(self.folder, folder)
+            self.folder = folder
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            stage = Path(temporary) / "out"
+            facts = {"recipe": self.recipe.source}
+            chosen = emit.write(self.source, stage, self.steps, self.batch, self.recipe.emit, facts)
+            self.report.format, self.report.why_format = chosen
+            self.report.verified = emit.prove(stage)
+            emit.describe(self.report, stage, self.recipe, self.source)
+            stage.rename(folder)
+        self.folder = folder
+        return folder
+
+    def push(self, repo: str, private: bool = False, pr: bool = False) -> str:
+        """Put the emitted folder on the hub; the URL of the commit."""
+        from compress.hub import push
+
+        if self.folder is None:
+            raise CompressError("push: the result is only in memory, save() it to a folder first")
+        return push(self.folder, repo, private=private, pr=pr)
+
+
+def compress(
+    model: str | Path | nn.Module,
+    recipe: str | Path | dict | Recipe,
+    *,
+    output: str | Path | None = None,
+    processor=None,
+    calibration=None,
+    validation=None,
+    device: str | None = None,
+    dtype: str | None = None,
+    format: str | None = None,
+    force: bool = False,
+) -> Result:
+    """Compress a model by a recipe. A model object is changed in place; with `output` the result is on disk, proven.
+
+    `calibration` and `validation` are iterables of examples for use in place of the recipe's files.
+    """
+    started = time.monotonic()
+    recipe = as_recipe(recipe)
+    if format is not None:
+        recipe = recipe.model_copy(update={"emit": recipe.emit.model_copy(update={"format": format})})
+    out = Path(output) if output is not None else None
+    source = as_source(model, processor, device, dtype)
+    key = fingerprint(source, recipe.source, str(device), str(dtype), recipe.emit.format) if out else ""
+    if out is not None and out.exists() and not force:
+        return already(out, key, source, recipe)
+    seed_everything(recipe.seed)
+    batches = samples(recipe.calibrate, source, calibration, recipe.seed)
+    held_out = samples(recipe.validate_, source, validation, None)
+    batch = next(iter(held_out or batches), None)
+    journal = Journal(out, key, restart=force) if out else None
+    rows = run_steps(source, recipe, batches, batch, journal)
+    steps = [row["record"] for row in rows]
+    result = Result(source.model, None, None, source, recipe, steps, batch)
+    report = Report(
+        model=source.name, recipe=recipe.name, format="", why_format="", steps=[row["ledger"] for row in rows],
+        measures=[], verified={}, hardware=hardware(), versions=versions(), seconds=0.0,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    result.report = report
+    stage = None
+    if journal is not None:
+        stage = journal.stage()
+        facts = {"recipe": recipe.source, "fingerprint": key}
+        report.format, report.why_format = emit.write(source, stage, steps, result.batch, recipe.emit, facts)
+    report.layers = emit.bytes_by_block(source)
+    report.measures = measures(source, recipe, held_out, stage)
+    report.seconds = time.monotonic() - started
+    gate(report, force)
+    if journal is not None:
+        report.verified = emit.prove(stage)
+        emit.describe(report, stage, recipe, source)
+        journal.finish(out)
+        result.folder = out
+    return result
+
+
+def plan(model: str | Path | nn.Module, recipe: str | Path | dict | Recipe, *, dtype: str | None = None) -> list[dict]:
+    """What every step would take and how the model would stand after it; on an empty model, nothing is touched."""
+    recipe = as_recipe(recipe)
+    source = adopt(model) if isinstance(model, nn.Module) else open_source(str(model), meta=True, dtype=dtype)
+    if isinstance(model, nn.Module):
+        source.model = source.untouched.to("meta")
+    return plan_steps(source, recipe, memory)
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Write a compressed model that was loaded (and perhaps trained on) into a new folder, verified."""
+    from compress.view import View
+
+    folder = Path(folder)
+    kept = getattr(model.config, "quantization_config", None)
+    if not getattr(kept, "steps", None):
+        raise CompressError(f"{type(model).__name__}: was not compressed by a recipe; save it with save_pretrained")
+    if folder.exists():
+        raise CompressError(f"{folder}: exists already; choose another folder")
+    source = Source(type(model).__name__, model.eval(), View(model).library)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        stage = Path(temporary) / "out"
+        emit.write(source, stage, kept.steps, None, Recipe.make({"steps": []}).emit, {})
+        emit.prove(stage)
+        stage.rename(folder)
+    return folder
+
+
+def as_recipe(recipe: str | Path | dict | Recipe) -> Recipe:
+    """A recipe from its file, its data, or as it is."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.make(recipe) if isinstance(recipe, dict) else Recipe.read(recipe)
+
+
+def as_source(model, processor, device: str | None, dtype: str | None) -> Source:
+    """Open a model by name, or adopt the user's object."""
+    if isinstance(model, nn.Module):
+        return adopt(model, processor)
+    source = open_source(str(model), device=device, dtype=dtype)
+    source.own_processor = processor
+    return source
+
+
+def already(out: Path, key: str, source: Source, recipe: Recipe) -> Result:
+    """The result of the same command run before; anything else in the way is refused."""
+    from compress.checkpoint import check_files, load
+
+    if (out / "compress.json").exists():
+        facts = check_files(out)
+        if facts.get("fingerprint") == key:
+            return Result(load(out), Report.read(out), out, source, recipe, facts["steps"])
+    raise CompressError(f"{out}: exists already and is not this run's result; choose another -o or replace it with --force")
+
+
+def samples(section: Data | None, source: Source, given, seed: int | None) -> list[dict]:
+    """The examples of a section of the recipe, or the user's own; a seed draws them, without one they are the first."""
+    from compress.data import TRAJECTORY, batches
+
+    section = section or (Data() if given is not None or source.pipeline is not None else None)
+    if section is None:
+        return []
+    what = given if given is not None else section.data or (TRAJECTORY if source.pipeline is not None else None)
+    if what is None:
+        return []
+    options = section.model_dump(include={"samples", "length", "batch", "column", "split"})
+    return batches(what, source, seed=seed, **options)
+
+
+def measures(source: Source, recipe: Recipe, batches: list[dict], folder: Path | None) -> list[Measure]:
+    """Everything the recipe asks for, and the size always, on the original and the result in one run."""
+    from compress.validate import measure
+
+    limits = dict(recipe.validate_.limits) if recipe.validate_ else {}
+    names = [name for name in dict.fromkeys([*limits, "size", "parameters"]) if name != "latency"]
+    original, sampler = source.original(), sampling(source, recipe, batches) if "psnr" in limits else None
+    before = measure(names, original, original, batches, folder=source.folder, sampler=sampler)
+    after = measure(names, source.model, original, batches, folder=folder, sampler=sampler)
+    found = [Measure(name, before[name], after[name], unit=METRICS[name].unit) for name in names]
+    if "latency" in limits:
+        found.append(speed(source, batches))
+    for item in found:
+        if limit := limits.get(item.name):
+            item.limit = limit.text
+            item.passed = within(METRICS[item.name].better, item.after, limit.bound(item.before))
+    return found
+
+
+def sampling(source: Source, recipe: Recipe, batches: list[dict]):
+    """A function that makes a whole sampling with a denoiser: the pipeline's, or the recorded one run again."""
+    from compress.trajectory import pipeline_sampler, replay_sampler
+
+    if source.pipeline is None:
+        return replay_sampler(batches, source.original())
+    section = recipe.validate_
+    return pipeline_sampler(source, seed=recipe.seed + 1, batch=section.batch, length=section.length)
+
+
+def speed(source: Source, batches: list[dict]) -> Measure:
+    """The latency against the original as it was loaded and against the fastest stock path, in one run."""
+    from compress.latency import latency
+
+    found = latency(source.model, source.original(), batches[0] if batches else example(source.model))
+    (before, spread), (after, spread_after) = found.times["original"], found.times["compressed"]
+    baseline = {"name": found.stock, "value": found.times[found.stock][0]}
+    note = "; ".join(f"{name} could not run: {why}" for name, why in found.refused.items())
+    return Measure("latency", before, after, unit="ms", note=note, spread=[spread, spread_after], baseline=baseline)
+
+
+def within(better: str, value: float, bound: float) -> bool:
+    """Does the value keep the bound? A number that is none never does."""
+    return value <= bound if better == "lower" else value >= bound
+
+
+def gate(report: Report, force: bool) -> None:
+    """A missed limit ends the run before anything is emitted, unless the user insists."""
+    if report.missed and not force:
+        told = "; ".join(f"{item.name} is {item.text('after')}, the limit is {item.limit}" for item in report.missed)
+        raise LimitMissed(f"{report.recipe}: a limit was missed: {told} (nothing was emitted; --force emits it all the same)")
+
+
+def hardware() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    facts = {"cpu": _cpu(), "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def versions() -> dict[str, str]:
+    """The software that made the result."""
+    from importlib.metadata import version
+
+    packages = ("transformer-compress", "torch", "transformers", "diffusers", "safetensors")
+    from importlib.metadata import PackageNotFoundError
+
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
