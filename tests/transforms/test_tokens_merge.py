@@ -1,0 +1,419 @@
+"""tokens.merge: the laws of the matching, and the same laws on whole models."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import models
+from compress.errors import CompressError
+from compress.nn.token_merge import Rule, Tokens, bystanders, match, merge, unmerge
+from compress.outputs import relative_error, run
+from compress.transform import Plan
+from compress.transforms.tokens.merge import Merge
+from compress.view import View
+
+shapes = {
+    "batch": st.integers(1, 3),
+    "tokens": st.integers(2, 24),
+    "share": st.floats(0, 0.5),
+    "first": st.integers(0, 5),
+    "last": st.booleans(),
+    "similarity": st.sampled_from(["cosine", "euclidean"]),
+    "seed": st.integers(0, 2**16),
+}
+
+
+def draw(batch, tokens, width=4, seed=0, ties=False):
+    generator = torch.Generator().manual_seed(seed)
+    if ties:
+        return torch.randint(0, 2, (batch, tokens, width), generator=generator).double()
+    return torch.randn(batch, tokens, width, generator=generator, dtype=torch.float64)
+
+
+def one_hot(slot, tokens):
+    return torch.nn.functional.one_hot(slot, tokens).double()
+
+
+@settings(deadline=None, max_examples=60)
+@given(**shapes, ties=st.booleans())
+def test_a_merge_is_a_partition_that_conserves(batch, tokens, share, first, last, similarity, seed, ties):
+    x, rule = draw(batch, tokens, seed=seed, ties=ties), Rule(share, None, first, last, similarity)
+    r = rule.removes(tokens)
+    fixed = bystanders(rule, tokens, None, x.device)
+    matching = match(x, r, fixed, similarity=similarity)
+    size = torch.randint(1, 9, (batch, tokens), generator=torch.Generator().manual_seed(seed)).float()
+    merged, merged_size = merge(x, matching, size)
+
+    assert merged.shape == (batch, tokens - r, 4) and merged_size.dtype == torch.float32
+    assert (matching.kept.diff(dim=1) > 0).all(), "the order of the tokens must stay"
+    assert torch.cat([matching.kept, matching.gone], 1).sort(1).values.tolist() == [list(range(tokens))] * batch
+    assert merged_size.sum(1).equal(size.sum(1))
+    torch.testing.assert_close((merged * merged_size[..., None]).sum(1), (x * size[..., None]).sum(1))
+
+    partition = one_hot(matching.slot, tokens - r)  # B, n, n-r
+    assert (partition.sum(1) >= 1).all(), "no place may be empty"
+    assert (partition.transpose(1, 2) @ size.double()[..., None])[..., 0].equal(merged_size.double())
+    means = partition.transpose(1, 2) @ (x * size[..., None]) / merged_size[..., None]
+    torch.testing.assert_close(unmerge(merged, matching.slot), partition @ means)
+
+    lonely = partition.sum(1) == 1
+    assert merged[lonely].equal(x.gather(1, matching.kept[..., None].expand_as(merged))[lonely])
+    protected = [i for i in range(tokens) if i < first or (last and i == tokens - 1)]
+    for place in protected:
+        here = place if place < first else tokens - r - 1
+        assert (matching.slot[:, place] == here).all() and lonely[:, here].all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(**shapes)
+def test_rows_of_a_batch_do_not_know_each_other(batch, tokens, share, first, last, similarity, seed):
+    x, rule = draw(batch, tokens, seed=seed), Rule(share, None, first, last, similarity)
+    fixed = bystanders(rule, tokens, None, x.device)
+    matching = match(x, rule.removes(tokens), fixed, similarity=similarity)
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
+    other = match(x[order], rule.removes(tokens), fixed, similarity=similarity)
+    assert other.slot.equal(matching.slot[order]) and other.kept.equal(matching.kept[order])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 16), min_size=1, max_size=4),
+    extra=st.integers(0, 5),
+    left=st.booleans(),
+    amount=st.one_of(st.floats(0, 0.5), st.integers(0, 9)),
+    first=st.integers(0, 2),
+    last=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_padding_changes_nothing(lengths, extra, left, amount, first, last, seed):
+    """Every row of a padded batch, over three merges, gives what it gives alone; padding may even be nan."""
+    rule = Rule(amount, None, first, last) if isinstance(amount, float) else Rule(0.0, amount, first, last)
+    longest = max(lengths) + extra
+    rows = [draw(1, length, seed=seed + i) for i, length in enumerate(lengths)]
+    # On the left, an odd number of pads would change who is even: pad by an even number.
+    before = [(longest - length) // 2 * 2 if left else 0 for length in lengths]
+    batch = torch.full((len(rows), longest, 4), torch.nan, dtype=torch.float64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, (row, skip) in enumerate(zip(rows, before, strict=True)):
+        batch[i, skip : skip + row.shape[1]], mask[i, skip : skip + row.shape[1]] = row[0], True
+
+    tokens = Tokens()
+    tokens.see(mask[:, None, None], len(rows))
+    current = batch
+    for _ in range(1 if left else 3):
+        current = tokens.merge(current, rule)
+    real = [current[i][tokens.alive[i]] if tokens.slot is not None else current[i][mask[i]] for i in range(len(rows))]
+    sizes = [tokens.size[i][tokens.alive[i]] if tokens.slot is not None else None for i in range(len(rows))]
+    whole = tokens.unmerge(current)
+    for i, row in enumerate(rows):
+        alone = Tokens()
+        expected = row
+        for _ in range(1 if left else 3):
+            expected = alone.merge(expected, rule)
+        assert real[i].equal(expected[0])
+        if alone.size is not None:
+            assert sizes[i].equal(alone.size[0])
+        assert whole[i, before[i] : before[i] + row.shape[1]].equal(alone.unmerge(expected)[0])
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    ratios=st.lists(st.floats(0.05, 0.5), min_size=1, max_size=5),
+    tokens=st.integers(2, 40),
+    first=st.integers(0, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_merges_after_each_other_are_one_partition(ratios, tokens, first, seed):
+    x, state = draw(2, tokens, seed=seed), Tokens()
+    current = x
+    for ratio in ratios:
+        current = state.merge(current, Rule(ratio, None, first))
+    if state.slot is None:
+        assert current is x
+        return
+    partition = one_hot(state.slot, current.shape[1])
+    assert (partition.sum(1) == state.size).all()
+    means = partition.transpose(1, 2) @ x / state.size[..., None]
+    torch.testing.assert_close(current, means)
+    assert state.slot.gather(1, state.origin).equal(torch.arange(current.shape[1]).expand(2, -1))
+    assert state.unmerge(current).shape == x.shape and state.slot is None
+
+
+def test_ties_are_broken_by_position():
+    x = torch.ones(1, 10, 4)
+    matching = match(x, 3)
+    assert matching.gone.tolist() == [[0, 2, 4]] and (matching.slot[0, [0, 2, 4]] == matching.slot[0, 1]).all()
+
+
+def test_equal_tokens_are_merged_first_and_come_back_whole():
+    x = draw(2, 12)
+    x[:, 7], x[:, 3] = x[:, 4], x[:, 2]
+    for similarity in ("cosine", "euclidean"):
+        matching = match(x, 2, similarity=similarity)
+        merged, _ = merge(x, matching, torch.ones(2, 12))
+        assert matching.gone.sort(1).values.tolist() == [[2, 4]] * 2
+        torch.testing.assert_close(unmerge(merged, matching.slot), x, rtol=1e-15, atol=1e-15)
+
+
+def test_euclidean_sees_length_and_cosine_does_not():
+    x = torch.tensor([[[1.0, 0.0], [9.0, 0.0], [1.0, 0.5], [1.0, 1.0]]])
+    assert match(x, 1, similarity="cosine").slot.tolist() == [[0, 0, 1, 2]]
+    assert match(x, 1, similarity="euclidean").slot.tolist() == [[0, 1, 2, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sizes_of_half_precision_tokens_count_beyond_2048(dtype):
+    x = torch.ones(1, 4, 2, dtype=dtype)
+    size = torch.tensor([[2049.0, 1.0, 4097.0, 1.0]])
+    merged, after = merge(x, match(x, 2), size)
+    assert merged.dtype == dtype and after.dtype == torch.float32
+    assert after.tolist() == [[6147.0, 1.0]] and merged.equal(x[:, :2])
+
+
+def test_removes_never_takes_protected_tokens():
+    assert [Rule(0.5, None, 1, True).removes(n) for n in range(8)] == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert Rule(0.1).removes(10) == 1 and Rule(0.3).removes(10) == 3  # not 2 from a rounded product
+    lengths = torch.arange(40)
+    for rule in (Rule(0.37, None, 2), Rule(0.0, 5, 1, True)):
+        assert rule.removes_rows(lengths).tolist() == [rule.removes(n) for n in range(40)]
+
+
+def compressed(model, **options):
+    """A copy with merged tokens, through the plan's JSON as a checkpoint keeps it."""
+    model = copy.deepcopy(model)
+    view = View(model)
+    plan = Merge(**options).plan(view)
+    Merge.model_construct().apply(view, Plan(json.loads(json.dumps(plan.edits))))
+    return model
+
+
+def answers(model, batch):
+    with torch.no_grad():
+        return run(model, batch)
+
+
+def image(name, kind="AutoModel", size=32, **options):
+    return models.of(name, kind, **(models.IMAGE | {"num_hidden_layers": 4} | options)), models.noise(3, 3, size, size)
+
+
+ENCODERS = ["bert", "vit", "dinov2", "clip", "whisper"]
+DENOISERS = ["dit", "pixart", "sd3", "unet2d_condition"]
+
+
+@pytest.mark.parametrize("name", ENCODERS + DENOISERS)
+def test_every_model_it_takes(name):
+    model, batch = models.MODELS[name]()
+    stock, merged = answers(model, batch), compressed(model, ratio=0.3)
+    out = answers(merged, batch)
+    assert out.shape == stock.shape and out.isfinite().all() and not out.equal(stock)
+    assert out.equal(answers(merged, batch)), "two runs must agree"
+    assert relative_error(out, stock) < 0.6
+    assert Merge(r=0).plan(View(model)).edits == {}
+    assert answers(model, batch).equal(stock), "the original must not be touched through its copy"
+    # Nothing to merge: the hooks and cores are there and change no bit.
+    assert answers(compressed(model, ratio=1e-6), batch).equal(stock)
+    assert [*merged.state_dict()] == [*model.state_dict()]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "reason"),
+    [
+        ("llama", "model.layers.0", "it is causal"),
+        ("gpt2", "transformer.h.0", "it is causal"),
+        ("swin", "encoder.layers.0.blocks.0", "within windows"),
+        ("flux", "transformer_blocks.0.attn", "positions are those of the full input"),
+        ("flux", "single_transformer_blocks.0.attn", "positions are those of the full input"),
+        ("t5", "encoder.block.0", "positions are those of the full input"),
+        ("unet2d", "mid_block.attentions.0", "a map (B, C, H, W)"),
+        ("pixart", "transformer_blocks.0.attn2", "keys come from another sequence"),
+        ("vit", "vit.layers.1", "last of its stack"),
+    ],
+)
+def test_refused_by_name_with_the_reason(name, path, reason):
+    view = View(models.MODELS[name]()[0])
+    plan = Merge().plan(view)
+    assert path not in plan.edits and reason in plan.notes["refused"][path]
+    with pytest.raises(CompressError, match=f"cannot change {re.escape(path)}: .*{re.escape(reason)}"):
+        Merge(only=(path,)).plan(view)
+
+
+def test_a_merge_twice_is_refused():
+    for name in ("vit", "dit"):
+        plan = Merge().plan(View(compressed(models.MODELS[name]()[0])))
+        assert plan.edits == {} and "merges tokens already" in str(plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options", "first"),
+    [
+        ("vit", "AutoModel", {}, 1),
+        ("deit", "AutoModel", {}, 2),
+        ("dinov2", "AutoModel", {}, 1),
+        ("dinov2_with_registers", "AutoModel", {"num_register_tokens": 4}, 5),
+        ("siglip_vision_model", "AutoModel", {}, 0),
+        ("clip_vision_model", "AutoModel", {}, 1),
+    ],
+)
+def test_special_tokens_keep_their_place(name, kind, options, first):
+    model, pixels = image(name, kind, **options)
+    plan = Merge(ratio=0.5).plan(View(model))
+    rules = [Rule(**edit["rule"]) for edit in plan.edits.values()]
+    assert [rule.first for rule in rules] == [first] * 3
+    merged, kept, left = compressed(model, ratio=0.5), [], 16 + first
+    for path, rule in zip(plan.edits, rules, strict=True):
+        block, left = merged.get_submodule(path), left - rule.removes(left)
+        block.register_forward_hook(lambda block, *_: kept.append((block.merge.tokens.slot, block.merge.tokens.size)))
+    out = answers(merged, {"pixel_values": pixels})
+    for slot, size in kept:
+        assert slot[:, :first].equal(torch.arange(first).expand(3, -1)) and (size[:, :first] == 1).all()
+    assert kept[-1][1].shape == (3, left) and out.shape == answers(model, {"pixel_values": pixels}).shape
+    # At this ratio every second token goes, so that one more or less protected shows.
+    assert first == 0 or not out.equal(answers(compressed(model, ratio=0.5, protect=0), {"pixel_values": pixels}))
+
+
+def doubled_images(model):
+    """Images of a model without positions whose 16 patches are 8 pairs of equal ones, side by side."""
+    with torch.no_grad():
+        model.get_parameter("embeddings.position_embeddings").zero_()
+    patches = models.noise(2, 3, 8, 32)
+    row = torch.cat([part.repeat(1, 1, 1, 2) for part in patches.split(8, 3)[:2]], 3)
+    rows = [row + i * models.noise(2, 3, 1, 1) for i in range(4)]
+    return torch.cat(rows, 2).double()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_merging_equal_tokens_is_exact_when_they_weigh_what_they_stand_for(attention):
+    model, _ = image("vit", attn_implementation=attention)
+    model = model.double()
+    batch = {"pixel_values": doubled_images(model)}
+    stock = answers(model, batch)
+    for similarity in ("cosine", "euclidean"):
+        exact = answers(compressed(model, r=4, similarity=similarity, **{"except": ("layers.2",)}), batch)
+        torch.testing.assert_close(exact, stock, rtol=1e-6, atol=1e-6)
+    light = answers(compressed(model, r=4, proportional=False), batch)
+    assert relative_error(light, stock) > 1e-3
+
+
+def test_dit_with_equal_tokens_is_exact_too():
+    """SD3 as well: the log sizes belong to the image's keys, the text's weigh one."""
+    for name, path in (("dit", "pos_embed.pos_embed"), ("sd3", "pos_embed.pos_embed")):
+        model, batch = models.MODELS[name]()
+        model = model.double()
+        model.get_buffer(path).zero_()
+        batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+        batch["hidden_states"] = batch["hidden_states"][..., :2].repeat(1, 1, 1, 4)
+        stock = answers(model, batch)
+        torch.testing.assert_close(answers(compressed(model, ratio=0.5), batch), stock, rtol=1e-6, atol=1e-6)
+        assert (
+            relative_error(answers(compressed(model, ratio=0.5, proportional=False), batch), stock) < 1e-6
+            or name == "sd3"
+        )
+    assert relative_error(answers(compressed(model, ratio=0.5, proportional=False), batch), stock) > 1e-5
+
+
+def bert(attention="sdpa"):
+    return models.text("bert", "AutoModel", num_hidden_layers=4, attn_implementation=attention)[0]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("options", [{"ratio": 0.3}, {"r": 3}, {"ratio": 0.3, "proportional": False}])
+def test_a_padded_batch_gives_what_its_rows_give_alone(attention, options):
+    merged, lengths = compressed(bert(attention), **options), [12, 7, 2, 9]
+    ids, mask = models.tokens(12, batch=4), torch.zeros(4, 14, dtype=torch.long)
+    padded = torch.full((4, 14), 0)
+    for i, length in enumerate(lengths):
+        mask[i, :length], padded[i, :length] = 1, ids[i, :length]
+    together = answers(merged, {"input_ids": padded, "attention_mask": mask})
+    for i, length in enumerate(lengths):
+        alone = answers(merged, {"input_ids": ids[i : i + 1, :length]})
+        torch.testing.assert_close(together[i : i + 1, :length], alone, rtol=1e-4, atol=1e-5)
+    whole = mask[:, None, None, :].bool().expand(-1, 1, 14, -1)
+    if attention == "sdpa":
+        torch.testing.assert_close(answers(merged, {"input_ids": padded, "attention_mask": whole}), together)
+
+
+def test_rows_of_a_batch_are_independent():
+    model, pixels = image("vit")
+    merged, order = compressed(model, ratio=0.3), torch.tensor([2, 0, 1])
+    out = answers(merged, {"pixel_values": pixels})
+    torch.testing.assert_close(answers(merged, {"pixel_values": pixels[order]}), out[order], rtol=1e-5, atol=1e-6)
+
+
+def test_a_failed_or_different_forward_leaves_nothing_behind():
+    model, pixels = image("vit")
+    merged = compressed(model, ratio=0.3)
+    first = answers(merged, {"pixel_values": pixels})
+
+    def fail(*_):
+        raise RuntimeError("half-way")
+
+    handle = merged.layers[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        answers(merged, {"pixel_values": pixels})
+    assert merged.layers[0].merge.tokens.slot is not None
+    handle.remove()
+    single = answers(merged, {"pixel_values": pixels[:1]})
+    torch.testing.assert_close(single, first[:1], rtol=1e-5, atol=1e-6)
+    assert answers(merged, {"pixel_values": pixels}).equal(first)
+
+
+def test_a_copy_shares_its_state_only_with_itself():
+    model, pixels = image("vit")
+    merged = compressed(model, ratio=0.3)
+    twin = copy.deepcopy(merged)
+    states = {id(layer.merge.tokens) for layer in twin.layers} | {
+        id(layer.attention.attend.tokens) for layer in twin.layers
+    }
+    assert len(states) == 1 and id(merged.layers[0].merge.tokens) not in states
+    inner = []
+    merged.layers[2].register_forward_pre_hook(lambda *_: inner.append(answers(twin, {"pixel_values": pixels[:2]})))
+    out = answers(merged, {"pixel_values": pixels})
+    torch.testing.assert_close(inner[0], out[:2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "sd3"])
+def test_the_plan_on_meta_gives_the_same_tree(name):
+    model, batch = models.MODELS[name]()
+    empty = copy.deepcopy(model).to("meta")
+    assert Merge().plan(View(empty)).edits == Merge().plan(View(model)).edits != {}
+    merged, empty = compressed(model, ratio=0.3), compressed(empty, ratio=0.3)
+    assert str(empty) == str(merged)
+    batch.pop("attention_mask", None)  # transformers asks for its values, which meta has not
+    assert answers(empty, {key: value.to("meta") for key, value in batch.items()}).shape == answers(merged, batch).shape
+
+
+@pytest.mark.parametrize("name", ["vit", "dit"])
+def test_compiles_without_a_graph_break_and_once(name):
+    model, batch = models.MODELS[name]()
+    merged = compressed(model, ratio=0.3)
+    torch._dynamo.reset()
+    compiled = torch.compile(merged, backend="eager", fullgraph=name == "vit")
+    torch.testing.assert_close(answers(compiled, batch), answers(merged, batch))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        answers(compiled, batch)
+
+
+def test_bfloat16_models_work():
+    model, pixels = image("vit")
+    merged = compressed(model.bfloat16(), ratio=0.3)
+    assert answers(merged, {"pixel_values": pixels.bfloat16()}).dtype == torch.bfloat16
+
+
+def test_gradient_checkpointing_is_refused():
+    model, pixels = image("vit")
+    merged = compressed(model, ratio=0.3).train()
+    merged.layers[0].gradient_checkpointing = True
+    with pytest.raises(CompressError, match="gradient checkpointing"):
+        merged(pixel_values=pixels)
+
+
+def test_backbones_are_refused():
+    view = View(image("dinov2", "AutoBackbone")[0])
+    assert set(Merge().plan(view).notes["refused"].values()) >= {
+        "its model is a backbone that hands out the tokens between its blocks"
+    }
