@@ -156,6 +156,9 @@ def _save_transformers(model: nn.Module, folder: Path, format: str, steps: list[
     model.hf_quantizer = None  # transformers asks it for leave to save, and ours sends users here
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    for name in getattr(config, "sub_configs", {}):  # loading sets it in all parts of a config, saving only in the whole
+        if (part := getattr(config, name, None)) is not None:
+            part.dtype = model.dtype
     try:
         if format == "native":
             model.config = native_config(model)

@@ -48,6 +48,7 @@ def run(model, recipe, output, only_plan, repo, private, device, dtype, form, fo
     """Compress MODEL by RECIPE (the command's name may be left out)."""
     from compress.pipeline import compress, plan
 
+    hush()
     if only_plan:
         from compress.tables import print_plan
 
@@ -135,6 +136,16 @@ def schema():
     from compress.recipe import schema
 
     click.echo(json.dumps(schema(), indent=2))
+
+
+def hush() -> None:
+    """The libraries' progress bars belong on a terminal only."""
+    if not sys.stderr.isatty():
+        import diffusers
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        diffusers.utils.logging.disable_progress_bar()
 
 
 def console():

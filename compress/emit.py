@@ -46,10 +46,12 @@ def probe_inputs(model: nn.Module, batch: dict | None, tokens: int = 32) -> dict
     """One example of real data, cut short; without data a made-up one."""
     if batch is None:
         return example(model)
-    cut = {}
-    for name, value in inputs(batch).items():
-        short = value[:1] if isinstance(value, Tensor) and value.dim() else value
-        text = isinstance(short, Tensor) and short.dim() == 2 and not short.is_floating_point()
+    tensors = {name: value for name, value in inputs(batch).items() if isinstance(value, Tensor) and value.dim()}
+    rows = len(next(iter(tensors.values())))
+    cut = dict(inputs(batch))
+    for name, value in tensors.items():
+        short = value[:1] if len(value) == rows else value  # positions and the like have no row per example
+        text = short.dim() == 2 and not short.is_floating_point() and len(short) == 1
         cut[name] = short[:, :tokens] if text else short
     return cut
 

@@ -227,13 +227,13 @@ def sampling(source: Source, recipe: Recipe, batches: list[dict]):
 
 def speed(source: Source, batches: list[dict]) -> Measure:
     """The latency against the original as it was loaded and against the fastest stock path, in one run."""
-    from compress.latency import latency
+    from compress.validate import latency
 
-    found = latency(source.model, source.original(), batches[0] if batches else example(source.model))
-    (before, spread), (after, spread_after) = found.times["original"], found.times["compressed"]
-    baseline = {"name": found.stock, "value": found.times[found.stock][0]}
-    note = "; ".join(f"{name} could not run: {why}" for name, why in found.refused.items())
-    return Measure("latency", before, after, unit="ms", note=note, spread=[spread, spread_after], baseline=baseline)
+    batch = batches[0] if batches else example(source.model)
+    times, stock = latency(source.model, source.original(), batch)
+    (before, spread), (after, spread_after) = times["original"], times["compressed"]
+    baseline = {"name": stock, "value": times[stock][0]}
+    return Measure("latency", before, after, unit="ms", spread=[spread, spread_after], baseline=baseline)
 
 
 def within(better: str, value: float, bound: float) -> bool:
