@@ -16,30 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compress.errors import CompressError
+from compress.surgery import ConfigView
 
 if TYPE_CHECKING:
     from compress.view import Attention, View
 
 NAME = "compress"  # of our function among the host's attention implementations
-UNKNOWN = {"softcap", "s_aux", "cu_seq_lens_q", "block_table"}  # arguments that change the scores or the sequence
-
-
-class ConfigView:
-    """A module's view of a shared config: some attributes are its own, all others are the shared ones."""
-
-    def __init__(self, shared: Any, **own: Any):
-        self.__dict__.update(own, _shared=shared)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_shared":  # copy asks for these before the attributes are there
-            raise AttributeError(name)
-        return getattr(self._shared, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__:
-            self.__dict__[name] = value
-        else:
-            setattr(self._shared, name, value)
+UNKNOWN = {"softcap", "s_aux", "cu_seq_lens_q", "cache"}  # arguments that change the scores, the sequence or the keys
 
 
 class Softmax(nn.Module):
@@ -66,7 +49,7 @@ def softmax(
         # One query: pack the group into the query axis, so that the cache is not copied `groups` times.
         if query.shape[2] == 1 and not torch.compiler.is_compiling():
             query = query.unflatten(1, (-1, groups)).squeeze(3)
-            if mask is not None and mask.shape[1] > 1:
+            if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
                 mask = mask.unflatten(1, (-1, groups)).squeeze(3)
         else:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -94,15 +77,19 @@ def attend_through(view: View, attention: Attention, core: nn.Module) -> None:
     """Let `core` compute the softmax of this attention; a core that is there already becomes `core.inner`."""
     if why := refusal(view, attention):
         raise CompressError(f"{attention.path}: {why}")
-    module = view.module(attention.path)
+    attend_module(view.module(attention.path), view.library, core)
+
+
+def attend_module(module: nn.Module, library: str, core: nn.Module) -> None:
+    """The same for a module by itself, without asking whether it can be done."""
     present = getattr(module, "attend", None)
     core.inner = Softmax() if present is None else present
     module.attend = core
     if present is not None:
         return
-    if view.library == "transformers":
+    if library == "transformers":
         _register()
-        module.config = ConfigView(module.config, _attn_implementation=NAME)
+        module.config = ConfigView(module.config, {"_attn_implementation": NAME})
     else:
         # A partial of bound things, not a closure or diffusers' ModelHook: deepcopy binds it to the copy.
         module.forward = partial(_rerouted, module, module.forward)
