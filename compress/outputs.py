@@ -45,6 +45,8 @@ def objective(output, generator: torch.Generator) -> Tensor:
     Logits: cross-entropy to labels drawn from the model's own distribution. Anything else: a random projection.
     """
     main = answer(output)
+    if not main.isfinite().all():
+        raise CompressError("the model's answers to the calibration data are not finite; they must be")
     if isinstance(output, Mapping) and output.get("logits") is main:
         flat = main.flatten(0, -2).float()
         labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
