@@ -68,7 +68,9 @@ def places() -> dict[str, str]:
         for layer in range(layers + 1):
             block = f"output_blocks.{level * (layers + 1) + layer}"
             found[f"{block}.0"] = f"up_blocks.{level}.resnets.{layer}"
-            found[f"{block}.1"] = f"up_blocks.{level}.attentions.{layer}" if level < 3 else f"up_blocks.{level}.upsamplers.0"
+            found[f"{block}.1"] = (
+                f"up_blocks.{level}.attentions.{layer}" if level < 3 else f"up_blocks.{level}.upsamplers.0"
+            )
             found[f"{block}.2"] = f"up_blocks.{level}.upsamplers.0"
     found |= {f"middle_block.{2 * layer}": f"mid_block.resnets.{layer}" for layer in range(2)}
     return found | {"middle_block.1": "mid_block.attentions.0"} | ENDS
@@ -79,14 +81,18 @@ def named(tensors: dict) -> dict:
     weights, where = {}, places()
     for name, value in tensors.items():
         path, _, kind = name.removeprefix("network.").rpartition(".")
-        block = next((block for block in sorted(where, key=len, reverse=True) if f"{path}.".startswith(f"{block}.")), None)
+        block = next(
+            (block for block in sorted(where, key=len, reverse=True) if f"{path}.".startswith(f"{block}.")), None
+        )
         if not name.startswith("network.") or block is None:
             continue
         rest = path[len(block) + 1 :]
         target = ".".join(filter(None, (where[block], (RESNET | ATTENTION).get(rest, rest))))
         if rest == "qkv":
             for role, part in zip(("to_q", "to_k", "to_v"), value.chunk(3), strict=True):
-                weights[f"{target.removesuffix('qkv')}{role}.{kind}"] = (part.flatten(1) if part.ndim > 1 else part).clone()
+                weights[f"{target.removesuffix('qkv')}{role}.{kind}"] = (
+                    part.flatten(1) if part.ndim > 1 else part
+                ).clone()
         else:
             weights[f"{target}.{kind}"] = value.flatten(1) if rest == "proj_out" and value.ndim > 1 else value
     return weights
@@ -113,7 +119,9 @@ def norms(model, graph, tensors: dict) -> dict:
     for hook in hooks:
         hook.remove()
     pairs = zip(order, found, strict=True)
-    return {f"{path}.{kind}": value for path, pair in pairs for kind, value in zip(("weight", "bias"), pair, strict=True)}
+    return {
+        f"{path}.{kind}": value for path, pair in pairs for kind, value in zip(("weight", "bias"), pair, strict=True)
+    }
 
 
 def terrain_trajectory(folder: Path, out: Path) -> None:
@@ -135,7 +143,7 @@ def terrain_trajectory(folder: Path, out: Path) -> None:
 def sample(model, class_labels, seeds, steps: int = 12) -> dict:
     """All calls of an EDM Euler sampling, one row per call, the calls of one image after another.
 
-    The estimate is not clipped to the range of the data, so that every step is linear in the sample and the model's output.
+    The estimate is not clipped to the range of the data, so that a step is linear in the sample and the model's output.
     """
     import torch
 
