@@ -22,7 +22,7 @@ _PUBLIC = {
     "plan": "compress.pipeline",
     "push": "compress.hub",
     "save": "compress.pipeline",
-    "verify": "compress.verify",
+    "verify": "compress.verification",
 }
 __all__ = ["CompressError", "LimitMissed", "__version__", *_PUBLIC]
 

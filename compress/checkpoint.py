@@ -1,7 +1,7 @@
 """Writing a compressed model in the first format that fits, and loading it again.
 
-native: the result is an ordinary config of its model. compressed-tensors: only weights (and activations) were quantized.
-compress-plan: anything else; the library rebuilds the structure through our quantizer.
+native: the result is an ordinary config of its model. compressed-tensors: only weights (and activations) were
+quantized. compress-plan: anything else; the library rebuilds the structure through our quantizer.
 """
 
 from __future__ import annotations
@@ -75,10 +75,13 @@ def read_sidecar(folder: str | Path) -> dict:
         raise CompressError(f"{folder}: has no {SIDECAR}, it is not a folder that compress emitted")
     try:
         facts = json.loads(path.read_text())
-    except ValueError as error:
-        raise CompressError(f"{path}: is damaged: {error}") from error
-    if facts.get("format_version", 0) > FORMAT:
-        raise CompressError(f"{path}: has format {facts['format_version']}, this compress reads up to {FORMAT}: upgrade it")
+        version = int(facts["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CompressError(f"{path}: is damaged ({type(error).__name__}: {error})") from error
+    if version > FORMAT:
+        raise CompressError(f"{path}: has format {version}, this compress reads up to {FORMAT}: upgrade it")
+    if missing := {"format", "library", "class", "component", "steps", "files"} - facts.keys():
+        raise CompressError(f"{path}: is damaged, it has no {min(missing)}")
     return facts
 
 
@@ -156,7 +159,7 @@ def _save_transformers(model: nn.Module, folder: Path, format: str, steps: list[
     model.hf_quantizer = None  # transformers asks it for leave to save, and ours sends users here
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    for name in getattr(config, "sub_configs", {}):  # loading sets it in all parts of a config, saving only in the whole
+    for name in getattr(config, "sub_configs", {}):  # loading sets it in all parts, saving only in the whole
         if (part := getattr(config, name, None)) is not None:
             part.dtype = model.dtype
     try:
@@ -221,7 +224,9 @@ def _rename_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         content = json.loads(index.read_text())
-        content["weight_map"] = {key: file.replace("model", "compressed", 1) for key, file in content["weight_map"].items()}
+        content["weight_map"] = {
+            key: file.replace("model", "compressed", 1) for key, file in content["weight_map"].items()
+        }
         (folder / (WEIGHTS + ".index.json")).write_text(json.dumps(content, indent=2) + "\n")
         index.unlink()
 

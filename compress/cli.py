@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 
 import click
+
+from compress import __version__
 
 FORMATS = ("auto", "native", "compressed-tensors", "compress-plan")
 
@@ -14,8 +17,7 @@ class Commands(click.Group):
     """`compress MODEL RECIPE` without naming the command `run`: what is no command is a model."""
 
     def parse_args(self, context, arguments):
-        first = next((word for word in arguments if not word.startswith("-")), None)
-        if first is not None and first not in self.commands and "--help" not in arguments[:1]:
+        if arguments and arguments[0] not in {*self.commands, "-h", "--help", "--version"}:
             arguments = ["run", *arguments]
         return super().parse_args(context, arguments)
 
@@ -24,11 +26,12 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="transformer-compress", prog_name="compress")
+@click.version_option(__version__, prog_name="compress")
 def cli():
     """Compress a pretrained model by a recipe into a checkpoint that is smaller, faster and proven.
 
-    MODEL is a hub id or folder of a transformers model, a diffusers model or a whole diffusers pipeline; RECIPE a YAML file.
+    MODEL is a hub id or folder of a transformers model, a diffusers model or a whole diffusers pipeline; RECIPE a YAML
+    file. A model whose name is also a command's: compress run MODEL RECIPE.
     """
 
 
@@ -41,8 +44,15 @@ def cli():
 @click.option("--private", is_flag=True, help="make a new hub repository private")
 @click.option("--device", help="where to work: cpu, cuda, ...")
 @click.option("--dtype", help="load the model as float32, bfloat16 or float16; default as it is on disk")
-@click.option("--format", "form", type=click.Choice(FORMATS), help="checkpoint format; default the recipe's, else the first that fits")
-@click.option("--force", is_flag=True, help="replace OUTPUT, start an unfinished run anew, emit in spite of missed limits")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    help="checkpoint format; default the recipe's, else the first that fits",
+)
+@click.option(
+    "--force", is_flag=True, help="replace OUTPUT, start an unfinished run anew, emit in spite of missed limits"
+)
 @click.option("--debug", is_flag=True, help="show the trace of an error")
 def run(model, recipe, output, only_plan, repo, private, device, dtype, form, force, debug):
     """Compress MODEL by RECIPE (the command's name may be left out)."""
@@ -54,7 +64,7 @@ def run(model, recipe, output, only_plan, repo, private, device, dtype, form, fo
 
         print_plan(plan(model, recipe, dtype=dtype), console())
         return
-    output = output or Path(f"{Path(model.rstrip('/')).name}-{recipe.stem}")
+    output = output or Path(f"{(Path(model).resolve() if Path(model).is_dir() else Path(model)).name}-{recipe.stem}")
     result = compress(model, recipe, output=output, device=device, dtype=dtype, format=form, force=force)
     result.report.table(console(), result.folder)
     if repo:
@@ -88,7 +98,7 @@ def methods(name, debug):
 def verify(folder, debug):
     """Reload FOLDER in a fresh process and compare its answers with those of the model that was saved."""
     from compress.errors import CompressError
-    from compress.verify import verify
+    from compress.verification import verify
 
     verified = verify(folder)
     if not verified["passed"]:
@@ -129,7 +139,8 @@ def push(folder, repo, private, pr, debug):
 
 
 @cli.command()
-def schema():
+@click.option("--debug", is_flag=True, help="show the trace of an error")
+def schema(debug):
     """Print the JSON schema of recipes, for editors."""
     import json
 
@@ -167,16 +178,19 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except click.Abort:
         sys.exit(130)
-    except (CompressError, LimitMissed) as error:
-        if "--debug" in arguments:
-            raise
-        click.echo(str(error), err=True)
+    except CompressError as error:
+        show(error, str(error), arguments)
         sys.exit(3 if isinstance(error, LimitMissed) else 2)
     except Exception as error:  # the last line of defence: what we did not foresee is our mistake, and said so
-        if "--debug" in arguments:
-            raise
-        click.echo(f"internal error: {type(error).__name__}: {error} (--debug shows where)", err=True)
+        show(error, f"internal error: {type(error).__name__}: {error} (--debug shows where)", arguments)
         sys.exit(4)
+
+
+def show(error: Exception, message: str, arguments: list[str]) -> None:
+    """One line on stderr; with --debug the trace before it."""
+    if "--debug" in arguments:
+        traceback.print_exception(error)
+    click.echo(message, err=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from compress.outputs import inputs
 from compress.recipe import Emit, Recipe
 from compress.report import Report
 from compress.source import Source
-from compress.verify import verify, write_probe
+from compress.verification import verify, write_probe
 from compress.view import View
 
 

@@ -1,4 +1,4 @@
-"""The straight line: recipe -> load -> [plan -> calibrate -> apply] per step -> write -> measure -> gate -> verify -> report."""
+"""The straight line: recipe -> load -> the steps -> write -> measure -> gate -> verify -> report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,13 +17,14 @@ import torch
 from torch import nn
 
 from compress import emit
+from compress.checkpoint import SIDECAR, check_files, load
 from compress.errors import CompressError, LimitMissed
 from compress.example import example
 from compress.flops import memory
-from compress.journal import Journal, fingerprint
+from compress.journal import Journal, fingerprint, partial
 from compress.measure import Measure
 from compress.metrics import METRICS
-from compress.recipe import Data, Recipe
+from compress.recipe import Data, Emit, Recipe
 from compress.report import Report
 from compress.source import Source, adopt, open_source
 from compress.steps import plan_steps, run_steps, seed_everything
@@ -41,24 +44,17 @@ class Result:
 
     def save(self, folder: str | Path) -> Path:
         """Write the result into a new folder, verified; the folder appears whole or not at all."""
-        folder = Path(folder)
-        if folder.exists():
-            raise CompressError(f"{folder}: exists already; choose another folder")
-        if self.folder is not None:
-            shutil.copytree(self.folder, folder)
-            self.folder = folder
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            stage = Path(temporary) / "out"
-            facts = {"recipe": self.recipe.source}
-            chosen = emit.write(self.source, stage, self.steps, self.batch, self.recipe.emit, facts)
-            self.report.format, self.report.why_format = chosen
-            self.report.verified = emit.prove(stage)
-            emit.describe(self.report, stage, self.recipe, self.source)
-            stage.rename(folder)
-        self.folder = folder
-        return folder
+        with staged(folder) as stage:
+            if self.folder is not None:
+                shutil.copytree(self.folder, stage)
+            else:
+                facts = {"recipe": self.recipe.source}
+                chosen = emit.write(self.source, stage, self.steps, self.batch, self.recipe.emit, facts)
+                self.report.format, self.report.why_format = chosen
+                self.report.verified = emit.prove(stage)
+                emit.describe(self.report, stage, self.recipe, self.source)
+        self.folder = Path(folder)
+        return self.folder
 
     def push(self, repo: str, private: bool = False, pr: bool = False) -> str:
         """Put the emitted folder on the hub; the URL of the commit."""
@@ -91,39 +87,57 @@ def compress(
     if format is not None:
         recipe = recipe.model_copy(update={"emit": recipe.emit.model_copy(update={"format": format})})
     out = Path(output) if output is not None else None
+    if out is not None and out.exists() and not (out / SIDECAR).exists():
+        raise CompressError(f"{out}: exists already and compress did not make it; choose another -o")
     source = as_source(model, processor, device, dtype)
-    key = fingerprint(source, recipe.source, str(device), str(dtype), recipe.emit.format) if out else ""
-    if out is not None and out.exists() and not force:
-        return already(out, key, source, recipe)
     seed_everything(recipe.seed)
     batches = samples(recipe.calibrate, source, calibration, recipe.seed)
     held_out = samples(recipe.validate_, source, validation, None)
-    batch = next(iter(held_out or batches), None)
-    journal = Journal(out, key, restart=force) if out else None
-    rows = run_steps(source, recipe, batches, batch, journal)
-    steps = [row["record"] for row in rows]
-    result = Result(source.model, None, None, source, recipe, steps, batch)
-    report = Report(
-        model=source.name, recipe=recipe.name, format="", why_format="", steps=[row["ledger"] for row in rows],
-        measures=[], verified={}, hardware=hardware(), versions=versions(), seconds=0.0,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )  # fmt: skip
-    result.report = report
-    stage = None
-    if journal is not None:
-        stage = journal.stage()
-        facts = {"recipe": recipe.source, "fingerprint": key}
-        report.format, report.why_format = emit.write(source, stage, steps, result.batch, recipe.emit, facts)
-    report.layers = emit.bytes_by_block(source)
-    report.measures = measures(source, recipe, held_out, stage)
-    report.seconds = time.monotonic() - started
-    gate(report, force)
-    if journal is not None:
-        report.verified = emit.prove(stage)
-        emit.describe(report, stage, recipe, source)
+    data = (batches, held_out)
+    if out is None:
+        return carry_out(source, recipe, data, None, force, started)
+    key = fingerprint(source, [batches, held_out], recipe.source, str(device), str(dtype), recipe.emit.format)
+    if out.exists() and not force:
+        return already(out, key, source, recipe)
+    with Journal(out, key, restart=force) as journal:
+        result = carry_out(source, recipe, data, journal, force, started)
         journal.finish(out)
-        result.folder = out
+    result.folder = out
     return result
+
+
+def carry_out(
+    source: Source, recipe: Recipe, data: tuple[list, list], journal: Journal | None, force: bool, started: float
+) -> Result:
+    """Run the steps, write and measure the result, and hold it against its limits; then prove and describe it."""
+    batches, held_out = data
+    batch = next(iter(held_out or batches), None)
+    try:
+        rows = run_steps(source, recipe, batches, batch, journal)
+        steps = [row["record"] for row in rows]
+        report = Report(
+            model=source.name, recipe=recipe.name, format="", why_format="", steps=[row["ledger"] for row in rows],
+            measures=[], verified={}, hardware=hardware(), versions=versions(), seconds=0.0,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
+        stage = None
+        if journal is not None:
+            stage = journal.stage()
+            facts = {"recipe": recipe.source, "fingerprint": journal.fingerprint}
+            report.format, report.why_format = emit.write(source, stage, steps, batch, recipe.emit, facts)
+        report.layers = emit.bytes_by_block(source)
+        report.measures = measures(source, recipe, held_out, stage)
+        gate(report, force)
+    except CompressError:
+        if journal is not None:  # the same command would end here again
+            journal.discard()
+        raise
+    if stage is not None:
+        report.verified = emit.prove(stage)
+    report.seconds = time.monotonic() - started
+    if stage is not None:
+        emit.describe(report, stage, recipe, source)
+    return Result(source.model, report, None, source, recipe, steps, batch)
 
 
 def plan(model: str | Path | nn.Module, recipe: str | Path | dict | Recipe, *, dtype: str | None = None) -> list[dict]:
@@ -139,20 +153,29 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """Write a compressed model that was loaded (and perhaps trained on) into a new folder, verified."""
     from compress.view import View
 
-    folder = Path(folder)
     kept = getattr(model.config, "quantization_config", None)
     if not getattr(kept, "steps", None):
         raise CompressError(f"{type(model).__name__}: was not compressed by a recipe; save it with save_pretrained")
+    source = Source(type(model).__name__, model.eval(), View(model).library)
+    # Only our own loading of compressed-tensors makes a transformers model with a record and no weights file in it.
+    tensors = source.library == "transformers" and not kept.weights
+    options = Emit(format="compressed-tensors" if tensors else "compress-plan")
+    with staged(folder) as stage:
+        emit.write(source, stage, kept.steps, None, options, {})
+        emit.prove(stage)
+    return Path(folder)
+
+
+@contextmanager
+def staged(folder: str | Path) -> Iterator[Path]:
+    """A place beside a new folder that becomes it in one rename when all went well."""
+    folder = Path(folder)
     if folder.exists():
         raise CompressError(f"{folder}: exists already; choose another folder")
-    source = Source(type(model).__name__, model.eval(), View(model).library)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        stage = Path(temporary) / "out"
-        emit.write(source, stage, kept.steps, None, Recipe.make({"steps": []}).emit, {})
-        emit.prove(stage)
-        stage.rename(folder)
-    return folder
+        yield Path(temporary) / "out"
+        (Path(temporary) / "out").rename(folder)
 
 
 def as_recipe(recipe: str | Path | dict | Recipe) -> Recipe:
@@ -173,13 +196,17 @@ def as_source(model, processor, device: str | None, dtype: str | None) -> Source
 
 def already(out: Path, key: str, source: Source, recipe: Recipe) -> Result:
     """The result of the same command run before; anything else in the way is refused."""
-    from compress.checkpoint import check_files, load
-
-    if (out / "compress.json").exists():
-        facts = check_files(out)
-        if facts.get("fingerprint") == key:
-            return Result(load(out), Report.read(out), out, source, recipe, facts["steps"])
-    raise CompressError(f"{out}: exists already and is not this run's result; choose another -o or replace it with --force")
+    facts = check_files(out)
+    if facts.get("fingerprint") == key:
+        if partial(out).exists():  # killed after the last rename
+            with Journal(out, key) as journal:
+                journal.discard()
+        loaded = load(out)
+        model = getattr(loaded, source.component) if source.component else loaded
+        return Result(model, Report.read(out), out, source, recipe, facts["steps"])
+    raise CompressError(
+        f"{out}: exists already and is not this run's result; choose another -o or replace it with --force"
+    )
 
 
 def samples(section: Data | None, source: Source, given, seed: int | None) -> list[dict]:
@@ -203,7 +230,8 @@ def measures(source: Source, recipe: Recipe, batches: list[dict], folder: Path |
     limits = dict(recipe.validate_.limits) if recipe.validate_ else {}
     names = [name for name in dict.fromkeys([*limits, "size", "parameters"]) if name != "latency"]
     original, sampler = source.original(), sampling(source, recipe, batches) if "psnr" in limits else None
-    before = measure(names, original, original, batches, folder=source.folder, sampler=sampler)
+    written = source.folder if folder is not None else None  # like is compared with like
+    before = measure(names, original, original, batches, folder=written, sampler=sampler)
     after = measure(names, source.model, original, batches, folder=folder, sampler=sampler)
     found = [Measure(name, before[name], after[name], unit=METRICS[name].unit) for name in names]
     if "latency" in limits:
@@ -245,7 +273,9 @@ def gate(report: Report, force: bool) -> None:
     """A missed limit ends the run before anything is emitted, unless the user insists."""
     if report.missed and not force:
         told = "; ".join(f"{item.name} is {item.text('after')}, the limit is {item.limit}" for item in report.missed)
-        raise LimitMissed(f"{report.recipe}: a limit was missed: {told} (nothing was emitted; --force emits it all the same)")
+        raise LimitMissed(
+            f"{report.recipe}: a limit was missed: {told} (nothing was emitted; --force emits it all the same)"
+        )
 
 
 def hardware() -> dict[str, Any]:
@@ -259,7 +289,9 @@ def hardware() -> dict[str, Any]:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def versions() -> dict[str, str]:

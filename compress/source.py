@@ -1,15 +1,18 @@
-"""Where a model comes from: a hub id, a folder or an object of the user; transformers, diffusers or a whole pipeline."""
+"""Where a model comes from: a hub id, a folder or the user's object; transformers, diffusers or a whole pipeline."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from compress.errors import CompressError
@@ -31,11 +34,18 @@ class Source:
     untouched: nn.Module | None = None
     device: str | None = None
     dtype: str | None = None
+    adopted: bool = False  # `model` is the user's own object, whatever lies in `folder`
 
     @cached_property
     def processor(self):
         """The tokenizer or image processor saved beside the model, or None."""
         return self.own_processor or (self.folder and _processor(self.folder))
+
+    def files(self) -> list[Path]:
+        """The configs and weights of the model in its folder, or of all parts of its pipeline."""
+        parts = [path for path in self.folder.iterdir() if path.is_dir() and hasattr(self.pipeline, path.name)]
+        found = [path for folder in (self.folder, *parts) for path in folder.iterdir()]
+        return sorted(path for path in found if path.suffix in (".json", ".safetensors"))
 
     def original(self) -> nn.Module:
         """The model as it was: read again from its folder (memory-mapped), or the copy made of a user's object."""
@@ -60,6 +70,8 @@ def open_source(name: str, *, device: str | None = None, dtype: str | None = Non
         source.pipeline = None if meta else _pipeline(folder, source.component, source.model, dtype)
     else:
         config = _json(folder / "config.json") if (folder / "config.json").exists() else {}
+        if not isinstance(config, dict):
+            raise CompressError(f"{folder / 'config.json'}: is no mapping, it must be a model's config")
         if "quantization_config" in config:
             method = config["quantization_config"].get("quant_method")
             raise CompressError(f"{name}: is already compressed ({method}); give the original model")
@@ -68,7 +80,9 @@ def open_source(name: str, *, device: str | None = None, dtype: str | None = Non
         elif "model_type" in config:
             source.library, source.model = "transformers", _transformers(folder, config, dtype, meta)
         else:
-            raise CompressError(f"{name}: has no config.json of a transformers or diffusers model and no model_index.json")
+            raise CompressError(
+                f"{name}: has no config.json of a transformers or diffusers model and no model_index.json"
+            )
     source.model.eval()
     if device and not meta:
         source.model.to(device)
@@ -77,6 +91,8 @@ def open_source(name: str, *, device: str | None = None, dtype: str | None = Non
 
 def adopt(model: nn.Module, processor=None) -> Source:
     """Take a model object that the user made; the recipe changes it in place, a copy is kept for comparison."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise CompressError(f"{type(model).__name__}: is already compressed; give the original model")
     library = "torch"
     if hasattr(model, "config_name") and hasattr(model, "register_to_config"):
         library = "diffusers"
@@ -86,7 +102,7 @@ def adopt(model: nn.Module, processor=None) -> Source:
     name = getattr(config, "_name_or_path", None) or type(model).__name__
     folder = Path(name) if name and Path(str(name)).is_dir() else None
     untouched = copy.deepcopy(model).eval()
-    return Source(str(name), model.eval(), library, folder, own_processor=processor, untouched=untouched)
+    return Source(str(name), model.eval(), library, folder, own_processor=processor, untouched=untouched, adopted=True)
 
 
 def _folder(name: str, configs_only: bool) -> Path:
@@ -114,6 +130,16 @@ def _json(path: Path) -> dict:
         raise CompressError(f"{path}: cannot be read as JSON: {error}") from error
 
 
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """A library's complaint about a folder, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CompressError(f"{folder}: cannot be loaded: {first}") from error
+
+
 def _dtype(dtype: str | None):
     if dtype in (None, "auto"):
         return "auto"
@@ -131,16 +157,15 @@ def _transformers(folder: Path, config: dict, dtype: str | None, meta: bool) -> 
         raise CompressError(f"{folder}: transformers {transformers.__version__} has no class {names[0]}")
     if meta:
         wanted = _dtype(dtype if dtype not in (None, "auto") else config.get("dtype") or config.get("torch_dtype"))
-        loaded = transformers.AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
+        with _loading(folder), torch.device("meta"):
+            loaded = transformers.AutoConfig.from_pretrained(folder)
             model = cls._from_config(loaded) if names[0] != "AutoModel" else cls.from_config(loaded)
         return model if wanted == "auto" else model.to(wanted)
     if not any(folder.glob("*.safetensors")):
         raise CompressError(f"{folder}: has no safetensors weights, other formats are not read")
-    try:
-        return cls.from_pretrained(folder, dtype=_dtype(dtype), use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CompressError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    wanted = _dtype(dtype)
+    with _loading(folder):
+        return cls.from_pretrained(folder, dtype=wanted, use_safetensors=True)
 
 
 def _diffusers(folder: Path, dtype: str | None, meta: bool) -> nn.Module:
@@ -153,12 +178,15 @@ def _diffusers(folder: Path, dtype: str | None, meta: bool) -> nn.Module:
     if cls is None:
         raise CompressError(f"{folder}: diffusers {diffusers.__version__} has no class {config.get('_class_name')}")
     if meta:
-        with torch.device("meta"):
+        with _loading(folder), torch.device("meta"):
             return cls.from_config(config)
     if not any(folder.glob("*.safetensors")):
         raise CompressError(f"{folder}: has no safetensors weights, other formats are not read")
     wanted = _dtype(dtype)
-    return cls.from_pretrained(folder, use_safetensors=True, **({} if wanted == "auto" else {"torch_dtype": wanted}))
+    with _loading(folder):
+        return cls.from_pretrained(
+            folder, use_safetensors=True, **({} if wanted == "auto" else {"torch_dtype": wanted})
+        )
 
 
 def _pipeline(folder: Path, component: str, model: nn.Module, dtype: str | None):
@@ -166,7 +194,8 @@ def _pipeline(folder: Path, component: str, model: nn.Module, dtype: str | None)
 
     wanted = _dtype(dtype)
     extra = {} if wanted == "auto" else {"torch_dtype": wanted}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **{component: model}, **extra)
+    with _loading(folder):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **{component: model}, **extra)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

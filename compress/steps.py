@@ -28,7 +28,7 @@ def run_steps(
 ) -> list[dict]:
     """Run all steps, going on after those that the journal holds; returns their rows (record and ledger).
 
-    `batches` calibrate; on `sample`, which is not among them where there is validation data, the ledger's error is taken.
+    `batches` calibrate; the ledger's error is taken on `sample`, not among them where there is validation data.
     """
     rows = list(journal.steps) if journal else []
     if rows:
@@ -85,8 +85,8 @@ def planned(model: nn.Module, step: Step, before: list[dict]) -> Plan:
         again = set(row["ledger"]["modules"]) & set(plan.edits)
         if again and family != "heads" and row["record"]["use"].split(".")[0] == family:
             raise CompressError(
-                f"{step.where}: {step.use} takes {one_of(sorted(again), 2)}, which {row['record']['use']} already took; "
-                "keep them apart with only and except"
+                f"{step.where}: {step.use} takes {one_of(sorted(again), 2)}, which {row['record']['use']} already "
+                "took; keep them apart with only and except"
             )
     return plan
 

@@ -1,7 +1,7 @@
-"""Proof by reloading: a fresh process loads the folder as a user would and compares its answers with the model that was saved.
+"""Proof by reloading: a fresh process loads the folder as a user would and compares its answers with the saved model's.
 
-A small probe (inputs, and a sample of the outputs they gave) lies in the folder, so that `compress verify` can be repeated
-anywhere and at any time.
+A small probe (inputs, and a sample of the outputs they gave) lies in the folder, so that `compress verify` can be
+repeated anywhere and at any time.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ def write_probe(model: nn.Module, inputs: dict, folder: Path) -> None:
     tensors = {f"input.{name}": value.cpu().contiguous() for name, value in inputs.items() if isinstance(value, Tensor)}
     others = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
     tensors["output"] = _sample(_ask(model, inputs))
-    save_file(tensors, folder / PROBE, metadata={"others": json.dumps(others)})
+    device = next(model.parameters()).device.type
+    save_file(tensors, folder / PROBE, metadata={"others": json.dumps(others), "device": device})
 
 
 def verify(folder: str | Path) -> dict:
     """Reload in a fresh process; {passed, how, error}. A damaged folder or a failing load is a CompressError."""
     check_files(folder)
-    command = [sys.executable, "-W", "ignore", "-m", "compress.verify", str(folder)]
+    command = [sys.executable, "-W", "ignore", "-m", "compress.verification", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
@@ -66,9 +67,11 @@ def compare(folder: Path) -> dict:
         model = getattr(model, facts["component"])
     with safe_open(folder / PROBE, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        inputs = json.loads(file.metadata()["others"])
+        inputs, device = json.loads(file.metadata()["others"]), file.metadata()["device"]
     expected = tensors.pop("output")
     inputs |= {name.removeprefix("input."): value for name, value in tensors.items()}
+    if device == "cuda" and torch.cuda.is_available():  # other devices round differently
+        model.to(device)
     got = _sample(_ask(model.eval(), inputs))
     if got.shape != expected.shape:
         raise CompressError(f"{folder}: the reloaded model answers in another shape")
