@@ -123,9 +123,7 @@ def through_core(
             "a compressed attention takes no flex block mask; set_attn_implementation('sdpa') or 'eager'"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask, window = attention_mask, kwargs.pop("sliding_window", None)
-    if mask is not None and mask.dim() == 2:
-        mask = _of_padding(mask, query.shape[2], key.shape[2], causal, window)
+    mask = _full_mask(module, attention_mask, query.shape[2], key, causal, kwargs.pop("sliding_window", None))
     causal = bool(causal) and mask is None and query.shape[2] > 1
     if causal and key.shape[2] > query.shape[2]:  # prefill into an empty static cache
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
@@ -135,13 +133,19 @@ def through_core(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _of_padding(padding: Tensor, queries: int, keys: int, causal: bool, window: int | None) -> Tensor:
-    """The mask of a flash-style call, which gets the padding only."""
-    mask = padding[:, None, None, -keys:].bool()
+def _full_mask(
+    module, mask: Tensor | None, queries: int, key: Tensor, causal: bool, window: int | None
+) -> Tensor | None:
+    """The mask as sdpa wants it: a flash-style call gets the padding only, and the rest from other arguments."""
+    keys, implementation = key.shape[2], module.config.shared._attn_implementation
+    if mask is None and "flash" in (implementation or "") and causal and queries > 1 and (window or queries < keys):
+        mask = key.new_ones(1, keys)
+    if mask is None or mask.dim() == 4:
+        return mask
+    mask = mask[:, None, None, -keys:].bool()
     if causal:
-        distance = _distance(queries, keys, padding.device)
-        band = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        mask = mask & band
+        distance = _distance(queries, keys, key.device)
+        mask = mask & (distance >= 0) & (distance < (window or keys))
     return mask.expand(-1, 1, queries, -1)
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from compress.attend import NAME, Softmax, attend_through, softmax
 from compress.errors import CompressError
@@ -85,6 +86,24 @@ def test_flash_mask_format(pad):
         after = model(**batch).logits
     real = batch["attention_mask"].bool()
     assert torch.allclose(before[real], after[real], atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_flash_style_prefill_in_chunks(window):
+    """No padding, so no mask at all: causality, the cache's length and a sliding window come from other arguments."""
+    config = MistralConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=99, sliding_window=window
+    )
+    config.num_attention_heads = config.num_key_value_heads = 2
+    model, ids = MistralForCausalLM(config).eval(), tokens()["input_ids"]
+    with torch.no_grad():
+        before = model(ids).logits
+        put(model, LLAMA[:1])
+        model.config._attn_implementation_internal = "flash_attention_2"
+        cache, parts = DynamicCache(), []
+        for chunk in ids.split((4, 3, 2), 1):
+            parts.append(model(chunk, past_key_values=cache).logits)
+    assert torch.allclose(before, torch.cat(parts, 1), atol=1e-6)
 
 
 def test_implementation_set_later_state_dict_and_deepcopy():
