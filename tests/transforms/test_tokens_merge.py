@@ -4,6 +4,7 @@ import copy
 import json
 import re
 
+import diffusers
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 import models
 from compress.errors import CompressError
-from compress.nn.token_merge import Rule, Tokens, bystanders, match, merge, unmerge
+from compress.nn.token_match import Rule, bystanders, match, merge, unmerge
+from compress.nn.token_merge import Sized, Tokens
 from compress.outputs import relative_error, run
 from compress.transform import Plan
 from compress.transforms.tokens.merge import Merge
@@ -417,3 +419,44 @@ def test_backbones_are_refused():
     assert set(Merge().plan(view).notes["refused"].values()) >= {
         "its model is a backbone that hands out the tokens between its blocks"
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "after"), [("bert", "attention"), ("roberta", "attention"), ("mobilebert", ""), ("distilbert", "")]
+)
+def test_texts_merge_before_the_mlp_where_the_block_lets_them(name, after):
+    model, batch = models.text(name, "AutoModel", num_hidden_layers=3)
+    edits = Merge(ratio=0.3).plan(View(model)).edits
+    assert {edit["after"] for edit in edits.values()} == {after}
+    assert len(edits) == (3 if after else 2)
+    assert answers(compressed(model, ratio=0.3), batch).shape == (2, 12, 32)
+
+
+def test_the_mlp_sees_the_tokens_that_the_rule_leaves():
+    merged, seen = compressed(bert(), ratio=0.3), []
+    for layer in merged.encoder.layer:
+        layer.intermediate.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    answers(merged, {"input_ids": models.tokens(20)})
+    assert seen == [14, 10, 7, 5]
+
+
+def test_log_sizes_stand_beside_the_text_of_a_joint_attention():
+    size = {"sample_size": 8, "num_single_dit_layers": 1, "attention_head_dim": 8, "num_attention_heads": 4}
+    size |= {"num_mmdit_layers": 1, "caption_projection_dim": 32, "joint_attention_dim": 24, "out_channels": 4}
+    plan = Merge().plan(View(diffusers.AuraFlowTransformer2DModel(**size, pos_embed_max_size=64)))
+    assert plan.edits["joint_transformer_blocks.0.attn"]["text"] == "before"
+    assert "may hold the text" in plan.notes["refused"]["single_transformer_blocks.0.attn"]
+    assert Merge().plan(View(models.sd3()[0])).edits["transformer_blocks.0.attn"]["text"] == "after"
+    tokens = Tokens(size=torch.tensor([[1.0, 4.0]]))
+    for text, expected in (("after", [1, 4, 1, 1]), ("before", [1, 1, 1, 4])):
+        assert Sized(tokens, True, text)._log_size(2).exp().flatten().tolist() == pytest.approx(expected)
+
+
+def test_masks_it_cannot_follow_are_refused():
+    model, batch = models.MODELS["dit"]()
+    attention = compressed(model).transformer_blocks[0].attn1
+    with pytest.raises(CompressError, match="attention mask"):
+        attention(hidden_states=models.noise(2, 16, 32), attention_mask=torch.ones(2, 1, 16))
+    merged = compressed(bert(), ratio=0.3)
+    with pytest.raises(CompressError, match="it must be for all 12 tokens"):
+        merged.encoder(models.noise(2, 12, 32), attention_mask=torch.ones(2, 12))

@@ -1,18 +1,20 @@
-"""Merge similar tokens as they pass through the model, so that later blocks work on fewer of them.
+"""Merge similar tokens as they pass through the model, so that later layers work on fewer of them.
 
-After a block, every second token proposes the most similar of the others; the strongest proposals are merged into
+In every block, every second token proposes the most similar of the others; the strongest proposals are merged into
 their size-weighted mean (bipartite soft matching). From then on a token that stands for s others counts s times as a
 key: log s is added to its attention logits (proportional attention). The last block's output is copied back to all
 places, so that pooling, dense heads and patch features find every token where it was. In diffusion models the tokens
 are merged around each self-attention only, since all else works on the full image. Class, distillation and register
 tokens, a text's first and last token and padding are never merged. Needs no data and changes no weights.
 
-The similarity is that of the token features after the block. Keys, which the paper compares, were far worse on a
-sentence encoder.
+The similarity is that of the token features (the paper compares keys). They are merged after the attention where a
+block shows them there (BERT), else at its end. On a sentence encoder of 6 blocks (MiniLM, 64 passages of 64 tokens) the
+mean cosine distance of the embeddings was .008 at 80 % and .034 at 65 % of the FLOPs.
 
 When it hurts: short inputs and batch size 1, where matching costs more than the tokens it saves; dense prediction,
-which loses detail; small models. Log sizes travel as an attention mask, which rules out flash kernels. Hidden states
-asked for from between the blocks have fewer tokens than the input. Not for causal decoders, windows, rotary positions.
+which loses detail; small models. A count takes most of a short text: give a ratio where lengths differ. Log sizes go
+as an attention mask, which rules out flash kernels. Hidden states asked for from between the blocks have fewer tokens
+than the input. Not for causal decoders, windows and rotary positions.
 
 Paper: "Token Merging: Your ViT But Faster", Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman, 2023; for diffusion "Token
 Merging for Fast Stable Diffusion", Bolya, Hoffman, 2023.
@@ -20,27 +22,17 @@ Merging for Fast Stable Diffusion", Bolya, Hoffman, 2023.
 
 from __future__ import annotations
 
-import inspect
-import re
-from copy import deepcopy
-from types import SimpleNamespace
 from typing import ClassVar, Literal
-
-import torch
-from torch import nn
 
 from compress.attend import attend_through
 from compress.attend import refusal as attend_refusal
 from compress.errors import CompressError
 from compress.nn.token_merge import MergeAfter, MergeAround, Rule, Sized, Tokens
-from compress.roles import parent_of, width_in
+from compress.roles import join, parent_of
+from compress.token_layout import above, merge_point, positions, special_tokens, text_side
 from compress.transform import Field, Plan, Transform
 from compress.view import Attention, Block, View
 
-LEADING = ("cls_token", "class_token", "class_embedding", "distillation_token", "register_tokens")
-UNUSED = ("mask_token",)  # takes the place of patches, adds none
-# Parts of the names under which an attention gets or makes positions, which belong to the full input.
-POSITIONS = re.compile("rotary|rope|freqs|position_embeddings|position_bias|relative_pos|rel_pos|distance_emb|alibi")
 WINDOWS = ("window_size", "shift_size")
 
 
@@ -77,7 +69,7 @@ class Merge(Transform):
 
     def apply(self, view: View, plan: Plan) -> None:
         attentions = {attention.path: attention for attention in view.attentions()}
-        for path in [path for path, settings in plan.edits.items() if settings["where"] == "attention"]:
+        for path in [path for path, settings in plan.edits.items() if "text" in settings]:
             merge_around(view, attentions[path], plan.edits[path])
         for blocks in stacks(view).values():
             edits = {block.path: plan.edits[block.path] for block in blocks if block.path in plan.edits}
@@ -97,7 +89,8 @@ def merge_after(view: View, blocks: list[Block], attentions: dict[str, Attention
         if block is blocks[0]:
             module.register_forward_pre_hook(hooks.start)
         if rule is not None:
-            module.register_forward_hook(hooks.shrink)
+            part = edits[block.path]["after"]
+            view.module(join(block.path, part) if part else block.path).register_forward_hook(hooks.shrink)
         if block is blocks[-1]:
             module.register_forward_hook(hooks.restore)
 
@@ -128,8 +121,10 @@ def after(view: View) -> dict[str, dict | str]:
         why = next(filter(None, whys), "") or stack_refusal(view, stack, blocks)
         special = "" if why else special_tokens(view.model, stack)
         why = why or (special if isinstance(special, str) else "")
-        found |= {block.path: why or {"where": "block", "rule": special} for block in blocks}
-        found[blocks[-1].path] = why or "it is the last of its stack, where a merge would save nothing"
+        point = "" if why else merge_point(view, blocks[0].path, attentions[blocks[0].attentions[0]])
+        found |= {block.path: why or {"after": point, "rule": special} for block in blocks}
+        if not point:
+            found[blocks[-1].path] = why or "it is the last of its stack, where a merge would save nothing"
     return found
 
 
@@ -160,45 +155,6 @@ def stack_refusal(view: View, stack: str, blocks: list[Block]) -> str:
     return ""
 
 
-def positions(module: nn.Module) -> str:
-    """Why a module needs the full grid: it gets or makes positions that would have to follow the merged tokens."""
-    forwards = [type(module).forward] + ([type(module.processor).__call__] if hasattr(module, "processor") else [])
-    names = [name for name, _ in module.named_children()]
-    for forward in map(inspect.unwrap, forwards):
-        names += [*inspect.signature(forward).parameters, *forward.__code__.co_names]
-    hit = next(filter(POSITIONS.search, names), None)
-    return f"its positions are those of the full input ({hit})" if hit else ""
-
-
-def special_tokens(model: nn.Module, stack: str) -> dict | str:
-    """The special tokens (leading ones, a text's last), by the parameters of the nearest embeddings; or why not."""
-    for owner in above(model, stack):
-        inner = set(model.get_submodule(stack).modules())
-        outside = [module for module in owner.modules() if module not in inner]
-        vocabulary = getattr(getattr(owner, "config", None), "vocab_size", None)
-        image = any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in outside)
-        text = any(isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary for module in outside)
-        if image or text:
-            break
-    if image and text:
-        return "its tokens are of several kinds"
-    own = {name: tensor for module in outside for name, tensor in module.named_parameters(recurse=False)}
-    unknown = [name for name in own if name.endswith(("_token", "_tokens")) and name not in LEADING + UNUSED]
-    if unknown:
-        return f"the place of its {unknown[0]} is not known"
-    first = sum(own[name].shape[-2] if own[name].dim() > 1 else 1 for name in LEADING if name in own)
-    return {"first": max(first, int(text)), "last": text}
-
-
-def above(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules that hold this one, the nearest first."""
-    found = []
-    while path:
-        path = parent_of(path)
-        found.append(model.get_submodule(path))
-    return found
-
-
 def around(view: View) -> dict[str, dict | str]:
     """For every attention of a diffusion model: what a merge around it must know, or why there can be none."""
     attentions, found, probed = view.attentions(), {}, {}
@@ -219,37 +175,5 @@ def around(view: View) -> dict[str, dict | str]:
         if not why and kind not in probed:
             probed[kind] = text_side(view, attention)
         side, why = ("", why) if why else probed[kind]
-        found[attention.path] = why or {"where": "attention", "rule": {}, "text": side}
+        found[attention.path] = why or {"rule": {}, "text": side}
     return found
-
-
-class Record(nn.Module):
-    """A core that remembers the keys it is given."""
-
-    def forward(self, module, query, key, value, mask, scale, causal, **kwargs):
-        self.key = key
-        return self.inner(module, query, key, value, mask, scale, causal, **kwargs)
-
-
-@torch.no_grad()
-def text_side(view: View, attention: Attention) -> tuple[str, str]:
-    """On which side of the image's keys the text's are ("" for no text), found by trying; or why that is not known."""
-    linears = attention.projections()
-    wide = width_in(view.module(linears.get("q") or linears["qkv"]))
-    module, record = deepcopy(view.module(attention.path)).to_empty(device="cpu").float().eval(), Record()
-    for index, parameter in enumerate(module.parameters()):
-        parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
-    tokens = {"hidden_states": torch.ones(1, 2, wide)}
-    if attention.added:
-        tokens["encoder_hidden_states"] = -torch.ones(1, 3, width_in(view.module(linears["added.k"])))
-    alone = SimpleNamespace(library=view.library, module=lambda path: module)
-    attend_through(alone, attention, record)
-    try:
-        module(**tokens)
-    except (AttributeError, CompressError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        return "", f"its attention does not work on plain tokens ({error})"
-    keys = record.key[0].transpose(0, 1).flatten(1)  # N, HD
-    same = [bool(torch.equal(key, keys[0])) for key in keys]
-    sides = {(1, 1): "", (1, 1, 0, 0, 0): "after", (1, 1, 1, 0, 0): "before"}
-    side = sides.get(tuple(map(int, same)))
-    return ("", "its keys are not one for each token") if side is None else (side, "")

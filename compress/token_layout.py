@@ -1,0 +1,124 @@
+"""What the tokens of a model are: which are special, what ties them to places, and where they may become fewer."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from copy import deepcopy
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from compress.attend import attend_through
+from compress.errors import CompressError
+from compress.nn.token_merge import on_first
+from compress.roles import parent_of, width_in
+from compress.structure import Attention
+from compress.view import View
+
+LEADING = ("cls_token", "class_token", "class_embedding", "distillation_token", "register_tokens")
+UNUSED = ("mask_token",)  # takes the place of patches, adds none
+# Parts of the names under which an attention gets or makes positions, which belong to the full input.
+POSITIONS = re.compile("rotary|rope|freqs|position_embeddings|position_bias|relative_pos|rel_pos|distance_emb|alibi")
+WRONG = (AttributeError, CompressError, IndexError, RuntimeError, TypeError, ValueError)  # raised by a part tried alone
+
+
+def positions(module: nn.Module) -> str:
+    """Why a module needs the full grid: it gets or makes positions that would have to follow the merged tokens."""
+    forwards = [type(module).forward] + ([type(module.processor).__call__] if hasattr(module, "processor") else [])
+    names = [name for name, _ in module.named_children()]
+    for forward in map(inspect.unwrap, forwards):
+        names += [*inspect.signature(forward).parameters, *forward.__code__.co_names]
+    hit = next(filter(POSITIONS.search, names), None)
+    return f"its positions are those of the full input ({hit})" if hit else ""
+
+
+def special_tokens(model: nn.Module, stack: str) -> dict | str:
+    """The special tokens (leading ones, a text's last), by the parameters of the nearest embeddings; or why not."""
+    for owner in above(model, stack):
+        inner = set(model.get_submodule(stack).modules())
+        outside = [module for module in owner.modules() if module not in inner]
+        vocabulary = getattr(getattr(owner, "config", None), "vocab_size", None)
+        image = any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in outside)
+        text = any(isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary for module in outside)
+        if image or text:
+            break
+    if image and text:
+        return "its tokens are of several kinds"
+    own = {name: tensor for module in outside for name, tensor in module.named_parameters(recurse=False)}
+    unknown = [name for name in own if name.endswith(("_token", "_tokens")) and name not in LEADING + UNUSED]
+    if unknown:
+        return f"the place of its {unknown[0]} is not known"
+    first = sum(own[name].shape[-2] if own[name].dim() > 1 else 1 for name in LEADING if name in own)
+    return {"first": max(first, int(text)), "last": text}
+
+
+def above(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules that hold this one, the nearest first."""
+    found = []
+    while path:
+        path = parent_of(path)
+        found.append(model.get_submodule(path))
+    return found
+
+
+class Record(nn.Module):
+    """A core that remembers the keys it is given."""
+
+    def forward(self, module, query, key, value, mask, scale, causal, **kwargs):
+        self.key = key
+        return self.inner(module, query, key, value, mask, scale, causal, **kwargs)
+
+
+@torch.no_grad()
+def merge_point(view: View, block: str, attention: Attention) -> str:
+    """The part of a block after which its tokens may be fewer, found by trying: the attention with its residual if
+    that is a module of its own (then the block's MLP is spared too), else the block itself ("")."""
+    part = parent_of(attention.path)[len(block) + 1 :]
+    if not part:
+        return ""
+    module = guinea_pig(view.module(block))
+    module.get_submodule(part).register_forward_hook(lambda _, args, output: on_first(output, lambda x: x[:, 1:]))
+    left = []
+    module.register_forward_hook(lambda _, args, output: on_first(output, lambda x: left.append(x.shape[1])))
+    try:
+        module(torch.ones(1, 4, width(view, attention)))
+    except WRONG:
+        return ""
+    return part if left == [3] else ""
+
+
+def guinea_pig(module: nn.Module) -> nn.Module:
+    """A copy of a module, possibly on meta, with random weights."""
+    module = deepcopy(module).to_empty(device="cpu").float().eval()
+    for index, parameter in enumerate(module.parameters()):
+        parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    return module
+
+
+def width(view: View, attention: Attention) -> int:
+    """Of the tokens that an attention reads."""
+    linears = attention.projections()
+    return width_in(view.module(linears.get("q") or linears["qkv"]))
+
+
+@torch.no_grad()
+def text_side(view: View, attention: Attention) -> tuple[str, str]:
+    """On which side of the image's keys the text's are ("" for no text), found by trying; or why that is not known."""
+    linears = attention.projections()
+    module, record = guinea_pig(view.module(attention.path)), Record()
+    tokens = {"hidden_states": torch.ones(1, 2, width(view, attention))}
+    if attention.added:
+        tokens["encoder_hidden_states"] = -torch.ones(1, 3, width_in(view.module(linears["added.k"])))
+    alone = SimpleNamespace(library=view.library, module=lambda path: module)
+    attend_through(alone, attention, record)
+    try:
+        module(**tokens)
+    except WRONG as error:
+        return "", f"its attention does not work on plain tokens ({error})"
+    keys = record.key[0].transpose(0, 1).flatten(1)  # N, HD
+    same = [bool(torch.equal(key, keys[0])) for key in keys]
+    sides = {(1, 1): "", (1, 1, 0, 0, 0): "after", (1, 1, 1, 0, 0): "before"}
+    side = sides.get(tuple(map(int, same)))
+    return ("", "its keys are not one for each token") if side is None else (side, "")
