@@ -60,7 +60,8 @@ def _processor(processor: Any) -> Any:
     """All that a tokenizer or image processor does, as text."""
     backend = getattr(processor, "backend_tokenizer", None)
     if backend is not None:
-        return [backend.to_str(), str(processor.special_tokens_map), processor.padding_side, processor.model_max_length]
+        state = json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # these two remember the last call
+        return [state, str(processor.special_tokens_map), processor.padding_side, processor.model_max_length]
     return processor.to_json_string() if hasattr(processor, "to_json_string") else repr(processor)
 
 
