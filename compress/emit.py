@@ -43,16 +43,21 @@ def prove(folder: Path) -> dict:
 
 
 def probe_inputs(model: nn.Module, batch: dict | None, tokens: int = 32) -> dict:
-    """One example of real data, cut short; without data a made-up one."""
+    """One example of real data without its padding, cut short; without data a made-up one."""
     if batch is None:
         return example(model)
-    tensors = {name: value for name, value in inputs(batch).items() if isinstance(value, Tensor) and value.dim()}
-    rows = len(next(iter(tensors.values())))
     cut = dict(inputs(batch))
+    tensors = {name: value for name, value in cut.items() if isinstance(value, Tensor) and value.dim()}
+    rows = len(next(iter(tensors.values())))
+    mask = cut.get("attention_mask")
+    row = int(mask.sum(1).argmax()) if mask is not None and mask.dim() == 2 else 0
     for name, value in tensors.items():
-        short = value[:1] if len(value) == rows else value  # positions and the like have no row per example
-        text = short.dim() == 2 and not short.is_floating_point() and len(short) == 1
-        cut[name] = short[:, :tokens] if text else short
+        if len(value) != rows:  # positions and the like have no row per example
+            continue
+        cut[name] = value[row : row + 1]
+        if value.dim() == 2 and not value.is_floating_point():
+            real = mask[row].bool() if mask is not None and mask.shape == value.shape else slice(None)
+            cut[name] = cut[name][:, real][:, :tokens]
     return cut
 
 
