@@ -1,4 +1,4 @@
-"""Finds the MLPs and the layers of a model: up and down projections that fit, and lists of modules that hold attention."""
+"""Finds the MLPs (up and down projections that fit) and the layers (list entries that hold attention) of a model."""
 
 from __future__ import annotations
 

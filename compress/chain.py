@@ -1,4 +1,4 @@
-"""T5's first layer makes a position bias for each head and hands it down the stack: it is given to every layer to make."""
+"""T5's first layer makes a position bias for each head and hands it down the stack; here every layer makes its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.structure import Attention
 
 
 def chained(model: nn.Module, attention: Attention) -> list[str]:
-    """The attentions of the same stack that pass one position bias on, this one included; empty where none is passed."""
+    """The attentions of the same stack that pass one position bias on, this one included."""
     module = model.get_submodule(attention.path)
     takes_bias = "position_bias" in inspect.signature(type(module).forward).parameters
     if not takes_bias or not hasattr(module, "has_relative_attention_bias"):

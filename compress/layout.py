@@ -10,11 +10,12 @@ from torch.overrides import TorchFunctionMode
 
 from compress.roles import width_in, width_out
 
-STRUCTURAL = frozenset(
-    "view reshape transpose permute split chunk unbind __getitem__ contiguous flatten unflatten squeeze unsqueeze "
-    "movedim swapaxes t narrow select tensor_split expand broadcast_to repeat_interleave to float half clone".split()
-)
-# The forward runs without most of its arguments, so it stops somewhere; what it did to the channels before is the answer.
+MOVES = (
+    "view", "reshape", "transpose", "permute", "split", "chunk", "unbind", "__getitem__", "contiguous", "flatten",
+    "unflatten", "squeeze", "unsqueeze", "movedim", "swapaxes", "t", "narrow", "select", "tensor_split", "expand", "broadcast_to",
+    "repeat_interleave", "to", "float", "half", "clone",
+)  # fmt: skip
+# The forward runs without most of its arguments, so it stops somewhere; what it did before that is the answer.
 OBSTACLES = (TypeError, AttributeError, RuntimeError, ValueError, IndexError, KeyError, AssertionError)
 OTHER_SEQUENCE = ("encoder_hidden_states", "key_value_states")
 
@@ -27,7 +28,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        moved = getattr(function, "__name__", "") in STRUCTURAL
+        moved = getattr(function, "__name__", "") in MOVES
         if moved and args and isinstance(args[0], Tensor) and id(args[0]) in self.pieces:
             for piece in result if isinstance(result, (tuple, list)) else (result,):
                 self.pieces[id(piece)] = piece  # also keeps the piece alive, so that no identity is reused
@@ -47,7 +48,7 @@ def sequences(module: nn.Module, is_pair: bool) -> list[str]:
 
 def splits(module: nn.Module, fused: nn.Module, is_pair: bool) -> set[tuple[int, ...]]:
     """The sets of output channels of `fused` that the forward of `module` takes apart."""
-    channels = torch.arange(width_out(fused), dtype=torch.float32)
+    channels = torch.arange(width_out(fused), dtype=torch.float32, device="cpu")  # loaders build under the meta device
     for shape in ((1, 4), (1, 2, 2), (4,)):
         watch = Watch()
 
@@ -58,7 +59,7 @@ def splits(module: nn.Module, fused: nn.Module, is_pair: bool) -> set[tuple[int,
 
         handle = fused.register_forward_hook(number_channels)
         hidden = torch.zeros(*shape, width_in(fused), dtype=fused.weight.dtype, device=fused.weight.device)
-        others = {name: hidden for name in sequences(module, is_pair)}
+        others = dict.fromkeys(sequences(module, is_pair), hidden)
         try:
             with torch.no_grad(), watch:
                 type(module).forward(module, hidden, **others)

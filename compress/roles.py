@@ -28,23 +28,25 @@ ROLES = {
 ADDED = {"q": "add_q_proj", "k": "add_k_proj", "v": "add_v_proj", "o": "to_add_out"}  # diffusers' second stream
 
 HEADS = (
-    "num_heads num_attention_heads n_heads heads n_head nhead num_q_heads attn_heads attention_heads n_head_q "
-    "num_query_heads num_head num_local_heads"
-).split()
+    "num_heads", "num_attention_heads", "n_heads", "heads", "n_head", "nhead", "num_q_heads", "attn_heads",
+    "attention_heads", "n_head_q", "num_query_heads", "num_head", "num_local_heads",
+)  # fmt: skip
 KV_HEADS = (
-    "num_key_value_heads num_kv_heads n_kv_heads kv_heads num_heads_kv n_head_kv num_local_key_value_heads".split()
-)
-GROUPS = "num_key_value_groups num_kv_groups n_rep".split()
+    "num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "num_heads_kv", "n_head_kv",
+    "num_local_key_value_heads",
+)  # fmt: skip
+GROUPS = ("num_key_value_groups", "num_kv_groups", "n_rep")
 HEAD_DIMS = (
-    "head_dim attention_head_size head_size dim_head key_value_proj_dim d_kv dim_per_head size_per_head "
-    "attention_head_dim hidden_size_per_attention_head d_head"
-).split()
+    "head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim", "d_kv", "dim_per_head",
+    "size_per_head", "attention_head_dim", "hidden_size_per_attention_head", "d_head",
+)  # fmt: skip
 # Widths of all heads together; `hidden_size` is left out because it names the width of the input.
 TOTALS = (
-    "all_head_size inner_dim inner_kv_dim embed_dim split_size attn_head_size projection_size all_head_dim dim attn_dim "
-    "num_q_dim"
-).split()
+    "all_head_size", "inner_dim", "inner_kv_dim", "embed_dim", "split_size", "attn_head_size", "projection_size",
+    "all_head_dim", "dim", "attn_dim", "num_q_dim",
+)  # fmt: skip
 QK_NORM = re.compile(r"(?=.*(norm|ln))(.*_|)(q|k|qk|query|key|sub|inner)(_.*|)|(q|k)(norm|ln)", re.I)
+TABLE = re.compile(r"relative_position_bias_table|relative_attention_bias|relative_bias")
 PER_HEAD = re.compile(r"bias|logit_scale|sink|gate|alibi|slope|head|temperature|rel_pos|gru|dt|lambda", re.I)
 
 
@@ -68,7 +70,7 @@ def width_out(module: nn.Module) -> int:
     return module.weight.shape[1] if isinstance(module, Conv1D) else module.out_features
 
 
-def number(owner: object, names: list[str]) -> int | None:
+def number(owner: object, names: tuple[str, ...]) -> int | None:
     """The first of these attributes that holds a positive count."""
     for name in names:
         value = getattr(owner, name, None)

@@ -1,4 +1,4 @@
-"""Finds attention by structure: children named by role, verified by their shapes; whatever does not add up is refused."""
+"""Finds attention by structure: children named by role, verified by shapes; what does not add up is refused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from compress.layout import decide
+from compress.refusals import refusal
 from compress.roles import (
     ADDED,
     GROUPS,
     HEAD_DIMS,
     HEADS,
     KV_HEADS,
-    PER_HEAD,
-    QK_NORM,
     is_linear,
     is_projection,
     join,
@@ -71,7 +70,7 @@ def packed(path: str, module: nn.MultiheadAttention) -> Attention:
     """torch's own attention, whose forward insists on embed_dim == heads * head_dim."""
     return Attention(
         path, module.num_heads, module.num_heads, module.head_dim, module.head_dim, "fused", o=join(path, "out_proj"),
-        cross=not module._qkv_same_embed_dim, refusal="nn.MultiheadAttention cannot have fewer heads than its width holds",
+        cross=not module._qkv_same_embed_dim, refusal="nn.MultiheadAttention cannot have fewer heads than its width",
     )  # fmt: skip
 
 
@@ -193,7 +192,8 @@ def find_output(attention: Attention, modules: dict[str, nn.Module]) -> str | No
             return path
     for path, child in near.items():  # Flux: proj_out(cat(attention, mlp))
         rest = width_in(child) - width
-        if width and rest > 0 and any(width_out(other) in (rest, 2 * rest) for key, other in near.items() if key != path):
+        beside = {width_out(other) for key, other in near.items() if key != path}
+        if matches("o", path) and width and rest > 0 and beside & {rest, 2 * rest}:
             return path
     return None
 
@@ -219,64 +219,6 @@ def find_layout(attention: Attention, modules: dict[str, nn.Module], layouts: di
     return fallback, f"the forward does not show how {fused} is split into heads"
 
 
-def refusal(attention: Attention, modules: dict[str, nn.Module]) -> str:
-    """Why heads cannot be removed exactly, in words; empty where they can."""
-    module = modules[attention.path]
-    known = attention.projections()
-    odd = [path for path in known.values() if not is_linear(modules[path])]
-    if odd:
-        return f"{odd[0]} is a {type(modules[odd[0]]).__name__}, not a Linear"
-    if not attention.heads:
-        return f"no head count explains the shapes of {', '.join(known.values())}"
-    if attention.o is None:
-        return f"no output projection of {attention.heads * attention.value_dim} inputs was found"
-    if attention.q and width_out(modules[attention.q]) != attention.heads * attention.head_dim:
-        return f"{attention.q} holds more than the queries (a gate)"
-    unknown = [path for path in inner_projections(attention.path, modules) if path not in known.values()]
-    unknown = [path for path in unknown if not follows_heads(path, modules, attention)]
-    if unknown:
-        return f"it also has {', '.join(unknown)}"
-    if norms := full_width_norms(attention, modules):
-        return f"{', '.join(norms)} normalizes all heads together"
-    names = inspect.signature(type(module).forward).parameters
-    config = getattr(module, "config", None)
-    if "alibi" in names and getattr(config, "alibi", True):
-        return "its alibi slopes come from outside, one for each head"
-    if "position_bias" in names and not hasattr(module, "has_relative_attention_bias"):
-        return "its position bias comes from outside, one for each head"
-    return ""
-
-
-def inner_projections(path: str, modules: dict[str, nn.Module]) -> list[str]:
-    """All projections below a module."""
-    below = path + "." if path else ""
-    return [name for name, module in modules.items() if name and name.startswith(below) and is_projection(module)]
-
-
-def follows_heads(path: str, modules: dict[str, nn.Module], attention: Attention) -> bool:
-    """Does this linear serve a network that gives one value for each head, or does it work inside one head?"""
-    linear, above = modules[path], modules[parent_of(path)]
-    if not is_linear(linear) or not PER_HEAD.search(path[len(attention.path) :]):
-        return False
-    last = above[-1] if isinstance(above, nn.Sequential) else linear
-    inside = width_in(linear) == attention.head_dim != width_in(modules[attention.q or attention.qkv])
-    return inside or (is_linear(last) and width_out(last) == attention.heads)
-
-
-def full_width_norms(attention: Attention, modules: dict[str, nn.Module]) -> list[str]:
-    """Query and key norms whose statistics run over all heads."""
-    if attention.heads == 1:
-        return []
-    widths = (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim)
-    found = []
-    for name, child in modules[attention.path].named_children():
-        weight = getattr(child, "weight", None)
-        if QK_NORM.fullmatch(name) and weight is not None and weight.dim() == 1 and weight.numel() in widths:
-            if weight.numel() != attention.head_dim:
-                found.append(join(attention.path, name))
-    return found
-
-
 def is_cross(path: str, module: nn.Module, modules: dict[str, nn.Module], paths: dict[str, str]) -> bool:
     """Do the keys come from another sequence: by flag, by name, or because they are read from another width?"""
     for flag in ("is_cross_attention", "is_cross_attn"):
@@ -297,7 +239,8 @@ def is_causal(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> bo
         code = getattr(inspect.unwrap(type(modules[path]).forward), "__code__", None)
         makers = [name for name in code.co_names if name.startswith("create_") and "mask" in name] if code else []
         if makers:
-            return all("causal" in name for name in makers)
+            is_decoder = getattr(module, "is_decoder", False) is True
+            return all("causal" in name for name in makers) or (is_decoder and any("causal" in name for name in makers))
         if not path:
             return False
         path = parent_of(path)

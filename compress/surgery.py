@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from compress.chain import unchain
 from compress.layout import fused_rows, interleaved_rows, ranges
+from compress.refusals import outer_tables
 from compress.roles import GROUPS, HEADS, KV_HEADS, PER_HEAD, TOTALS, is_linear, join, number, width_in, width_out
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ def output_paths(attention: Attention) -> list[str]:
 
 def side_tensors(model: nn.Module, attention: Attention) -> Iterator[tuple[nn.Module, str, int, bool]]:
     """Tensors inside the attention with one entry for each head: owner, name, dimension, of key heads or not."""
+    for owner, name in outer_tables(attention.path, attention.heads, dict(model.named_modules())):
+        yield model.get_submodule(owner), name, 1, False
     root, known = model.get_submodule(attention.path), set(attention.projections().values())
     if attention.heads == 1:
         return
@@ -151,8 +154,8 @@ def side_tensors(model: nn.Module, attention: Attention) -> Iterator[tuple[nn.Mo
 def follow_counts(module: nn.Module, attention: Attention, heads: int, groups: int) -> None:
     """Bring every count that the forward may read to the new number of heads."""
     was_total, was_kv_total = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-    new = {name: (attention.heads, heads) for name in HEADS} | {name: (attention.kv_heads, groups) for name in KV_HEADS}
-    new |= {name: (attention.heads // attention.kv_heads, heads // groups) for name in GROUPS}
+    new = dict.fromkeys(HEADS, (attention.heads, heads)) | dict.fromkeys(KV_HEADS, (attention.kv_heads, groups))
+    new |= dict.fromkeys(GROUPS, (attention.heads // attention.kv_heads, heads // groups))
     for owner in module.modules():
         for name, (was, now) in new.items():
             if vars(owner).get(name) == was and not isinstance(vars(owner)[name], bool):
@@ -163,7 +166,7 @@ def follow_counts(module: nn.Module, attention: Attention, heads: int, groups: i
         elif vars(module).get(name) == was_kv_total:
             setattr(module, name, groups * attention.head_dim)
     if (config := vars(module).get("config")) is not None:
-        own = {name: now for name, (was, now) in new.items() if number(config, [name]) == was}
+        own = {name: now for name, (was, now) in new.items() if number(config, (name,)) == was}
         module.config = ConfigView(config, own)
 
 

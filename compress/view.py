@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from compress.blocks import MLP, Block, find_blocks, find_mlps
 from compress.chain import chained
 from compress.errors import CompressError, did_you_mean, one_of
 from compress.outputs import relative_error, run
+from compress.refusals import outer_tables
 from compress.roles import is_linear
 from compress.structure import Attention, find_attentions
 from compress.surgery import keep_heads, keep_width, mask_heads, mask_width
@@ -89,20 +91,23 @@ class View:
     def check_exact(
         self, batch: dict[str, Tensor], attentions: dict[str, list[int]], mlps: dict[str, list[int]]
     ) -> dict[str, float]:
-        """How far removing is from masking, for each path alone, on copies: relative error of the main output."""
+        """How far removing is from masking, for each path alone, on copies: relative error of the output."""
         known = {mlp.path: mlp for mlp in self.mlps()} if mlps else {}
         jobs = [
             (path, self.attention(path), keep, (self.mask_heads, self.keep_heads)) for path, keep in attentions.items()
         ]
         jobs += [(path, known[path], keep, (self.mask_width, self.keep_width)) for path, keep in mlps.items()]
         errors = {}
-        for path, part, keep, changes in jobs:
-            outputs = []
-            for change in changes:
-                with self.copied(part), torch.no_grad():
-                    change(part, keep)
-                    outputs.append(run(self.model, batch))
-            errors[path] = relative_error(outputs[1], outputs[0])
+        for path, part, keep, (mask, remove) in jobs:
+            with self.copied(part), torch.no_grad():
+                mask(part, keep)
+                masked = run(self.model, batch)
+            with self.copied(part), torch.no_grad():
+                remove(part, keep)
+                try:
+                    errors[path] = relative_error(run(self.model, batch), masked)
+                except (RuntimeError, ValueError, TypeError, IndexError):  # the forward cannot work with what is left
+                    errors[path] = math.inf
         return errors
 
     @contextmanager
@@ -127,7 +132,8 @@ def scope(model: nn.Module, part: Attention | MLP) -> str:
     if isinstance(part, MLP):
         paths = [part.path, part.down]
     else:
-        paths = [part.path, *part.projections().values(), *chained(model, part)]
+        tables = [owner for owner, _ in outer_tables(part.path, part.heads, dict(model.named_modules()))]
+        paths = [part.path, *part.projections().values(), *chained(model, part), *tables]
     words = [path.split(".") for path in paths]
     same = 0
     while all(len(word) > same and word[same] == words[0][same] for word in words):

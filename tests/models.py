@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 
-SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT = dict(SIZE, vocab_size=99, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 IMAGE = dict(SIZE, image_size=32, patch_size=8)
 
@@ -57,85 +57,115 @@ def denoiser(kind: str, batch: dict, **options):
 
 def clip():
     size = dict(SIZE, projection_dim=16)
-    options = dict(text_config=TEXT | size, vision_config=IMAGE | size, projection_dim=16)
+    options = {"text_config": TEXT | size, "vision_config": IMAGE | size, "projection_dim": 16}
     return of("clip", "AutoModel", **options), {"input_ids": tokens(), "pixel_values": noise(2, 3, 32, 32)}
 
 
 def t5(name: str = "t5", kind: str = "AutoModelForSeq2SeqLM", **options):
-    size = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0)
+    size = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 99,
+        "decoder_start_token_id": 0,
+    }
     return of(name, kind, **(size | options)), {"input_ids": tokens(), "decoder_input_ids": tokens(7)}
 
 
-ENCODER_DECODER = dict(
-    d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=0,
-    encoder_ffn_dim=64, decoder_ffn_dim=64, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, vocab_size=99,
-)  # fmt: skip
+ENCODER_DECODER = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "vocab_size": 99,
+}  # fmt: skip
 
 
 def whisper():
-    options = ENCODER_DECODER | dict(num_mel_bins=8, max_source_positions=16, max_target_positions=32)
+    options = ENCODER_DECODER | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}
     model = of("whisper", "AutoModelForSpeechSeq2Seq", **options, suppress_tokens=None, begin_suppress_tokens=None)
     return model, {"input_features": noise(2, 8, 32), "decoder_input_ids": tokens(7)}
 
 
-LATENT = dict(sample_size=8, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4)
+LATENT = {"sample_size": 8, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4}
 STEP = torch.tensor([3, 5])
 
 
 def sd3(**options):
-    batch = dict(
-        hidden_states=noise(2, 4, 8, 8),
-        timestep=STEP,
-        encoder_hidden_states=noise(2, 5, 24),
-        pooled_projections=noise(2, 16),
-    )
-    size = dict(
-        patch_size=2,
-        joint_attention_dim=24,
-        caption_projection_dim=32,
-        pooled_projection_dim=16,
-        out_channels=4,
-        pos_embed_max_size=8,
-    )
+    batch = {
+        "hidden_states": noise(2, 4, 8, 8),
+        "timestep": STEP,
+        "encoder_hidden_states": noise(2, 5, 24),
+        "pooled_projections": noise(2, 16),
+    }
+    size = {
+        "patch_size": 2,
+        "joint_attention_dim": 24,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 16,
+        "out_channels": 4,
+        "pos_embed_max_size": 8,
+    }
     return denoiser("SD3Transformer2DModel", batch, **(LATENT | size | options))
 
 
 def flux():
-    batch = dict(
-        hidden_states=noise(2, 16, 4),
-        timestep=STEP / 10,
-        encoder_hidden_states=noise(2, 5, 24),
-        pooled_projections=noise(2, 16),
-    )
-    batch |= dict(img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(5, 3))
+    batch = {
+        "hidden_states": noise(2, 16, 4),
+        "timestep": STEP / 10,
+        "encoder_hidden_states": noise(2, 5, 24),
+        "pooled_projections": noise(2, 16),
+    }
+    batch |= {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)}
     batch["img_ids"][:, 1:] = torch.stack([torch.arange(16) // 4, torch.arange(16) % 4], 1).float()
-    size = dict(
-        patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=4
-    )
-    size |= dict(joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=False, axes_dims_rope=(2, 2, 4))
+    size = {
+        "patch_size": 1,
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+    }
+    size |= {
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 16,
+        "guidance_embeds": False,
+        "axes_dims_rope": (2, 2, 4),
+    }
     return denoiser("FluxTransformer2DModel", batch, **size)
 
 
 def unet2d_condition():
-    size = dict(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4
-    )
-    size |= dict(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")
-    )
-    size |= dict(cross_attention_dim=24, attention_head_dim=4)
-    batch = dict(sample=noise(2, 4, 8, 8), timestep=STEP, encoder_hidden_states=noise(2, 5, 24))
+    size = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "norm_num_groups": 4,
+    }
+    size |= {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    size |= {"cross_attention_dim": 24, "attention_head_dim": 4}
+    batch = {"sample": noise(2, 4, 8, 8), "timestep": STEP, "encoder_hidden_states": noise(2, 5, 24)}
     return denoiser("UNet2DConditionModel", batch, **size)
 
 
 def unet2d():
-    size = dict(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4
-    )
-    size |= dict(
-        down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "AttnUpBlock2D")
-    )
-    return denoiser("UNet2DModel", dict(sample=noise(2, 1, 8, 8), timestep=STEP), attention_head_dim=8, **size)
+    size = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "norm_num_groups": 4,
+    }
+    size |= {
+        "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"),
+    }
+    return denoiser("UNet2DModel", {"sample": noise(2, 1, 8, 8), "timestep": STEP}, attention_head_dim=8, **size)
 
 
 MODELS = {
@@ -151,12 +181,12 @@ MODELS = {
     "t5": t5,
     "whisper": whisper,
     "dit": lambda: denoiser(
-        "DiTTransformer2DModel", dict(hidden_states=noise(2, 4, 8, 8), timestep=STEP, class_labels=torch.tensor([1, 2])),
+        "DiTTransformer2DModel", {"hidden_states": noise(2, 4, 8, 8), "timestep": STEP, "class_labels": torch.tensor([1, 2])},
         **LATENT, patch_size=2, out_channels=8, norm_num_groups=1, num_embeds_ada_norm=10,
     ),
     "pixart": lambda: denoiser(
         "PixArtTransformer2DModel",
-        dict(hidden_states=noise(2, 4, 8, 8), timestep=STEP, encoder_hidden_states=noise(2, 5, 24)),
+        {"hidden_states": noise(2, 4, 8, 8), "timestep": STEP, "encoder_hidden_states": noise(2, 5, 24)},
         **LATENT, patch_size=2, out_channels=8, cross_attention_dim=32, caption_channels=24, use_additional_conditions=False,
     ),
     "sd3": sd3,
@@ -167,88 +197,169 @@ MODELS = {
 
 
 def audio(name: str, **options):
-    size = dict(conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(4, 2), num_conv_pos_embeddings=4)
-    size |= dict(num_feat_extract_layers=2, num_conv_pos_embedding_groups=2, vocab_size=32)
+    size = {"conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (4, 2), "num_conv_pos_embeddings": 4}
+    size |= {"num_feat_extract_layers": 2, "num_conv_pos_embedding_groups": 2, "vocab_size": 32}
     return of(name, "AutoModel", **(SIZE | size | options)), {"input_values": noise(2, 400)}
 
 
 def seq2seq(name: str, **options):
-    model = of(name, "AutoModelForSeq2SeqLM", **(ENCODER_DECODER | dict(max_position_embeddings=64) | options))
+    model = of(name, "AutoModelForSeq2SeqLM", **(ENCODER_DECODER | {"max_position_embeddings": 64} | options))
     return model, {"input_ids": tokens(), "decoder_input_ids": tokens(7)}
 
 
+def vit_mae():
+    model, batch = image("vit_mae", **IMAGE, mask_ratio=0.5)
+    return model, batch | {"noise": torch.arange(32).reshape(2, 16) * 7 % 16 / 16}
+
+
 def siglip():
-    options = dict(text_config=TEXT | dict(projection_size=32), vision_config=IMAGE)
+    options = {"text_config": TEXT | {"projection_size": 32}, "vision_config": IMAGE}
     return of("siglip", "AutoModel", **options), {"input_ids": tokens(), "pixel_values": noise(2, 3, 32, 32)}
 
 
 def segformer():
-    size = dict(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[7, 3])
+    size = {
+        "num_encoder_blocks": 2,
+        "depths": [1, 1],
+        "sr_ratios": [2, 1],
+        "hidden_sizes": [16, 32],
+        "patch_sizes": [7, 3],
+    }
     return image("segformer", **size, strides=[4, 2], num_attention_heads=[2, 4], mlp_ratios=[2, 2])
 
 
 def sam():
-    vision = SIZE | dict(image_size=32, patch_size=8, output_channels=16, window_size=2, global_attn_indexes=[1])
-    options = dict(vision_config=vision | dict(num_pos_feats=8, mlp_dim=64))
-    options |= dict(prompt_encoder_config=dict(hidden_size=16, image_size=32, patch_size=8, mask_input_channels=4))
-    options |= dict(mask_decoder_config=dict(hidden_size=16, num_attention_heads=2, mlp_dim=32, iou_head_hidden_dim=16))
+    vision = SIZE | {
+        "image_size": 32,
+        "patch_size": 8,
+        "output_channels": 16,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+    }
+    options = {"vision_config": vision | {"num_pos_feats": 8, "mlp_dim": 64}}
+    options |= {
+        "prompt_encoder_config": {"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 4}
+    }
+    options |= {
+        "mask_decoder_config": {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 32, "iou_head_hidden_dim": 16}
+    }
     return of("sam_vision_model", "AutoModel", **vision, num_pos_feats=8), {"pixel_values": noise(2, 3, 32, 32)}
 
 
 def qwen_image():
-    batch = dict(hidden_states=noise(2, 16, 4), encoder_hidden_states=noise(2, 5, 24), timestep=STEP / 10)
-    batch |= dict(encoder_hidden_states_mask=torch.ones(2, 5, dtype=torch.bool), img_shapes=[[(1, 4, 4)]] * 2)
-    size = dict(patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4)
+    batch = {"hidden_states": noise(2, 16, 4), "encoder_hidden_states": noise(2, 5, 24), "timestep": STEP / 10}
+    batch |= {"encoder_hidden_states_mask": torch.ones(2, 5, dtype=torch.bool), "img_shapes": [[(1, 4, 4)]] * 2}
+    size = {
+        "patch_size": 1,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 4,
+    }
     return denoiser("QwenImageTransformer2DModel", batch, **size, joint_attention_dim=24, axes_dims_rope=(4, 6, 6))
 
 
 def auraflow():
-    batch = dict(hidden_states=noise(2, 4, 8, 8), encoder_hidden_states=noise(2, 5, 24), timestep=STEP / 10)
-    size = dict(sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, out_channels=4)
-    size |= dict(attention_head_dim=8, num_attention_heads=4, joint_attention_dim=24, caption_projection_dim=32)
+    batch = {"hidden_states": noise(2, 4, 8, 8), "encoder_hidden_states": noise(2, 5, 24), "timestep": STEP / 10}
+    size = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_mmdit_layers": 1,
+        "num_single_dit_layers": 1,
+        "out_channels": 4,
+    }
+    size |= {"attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 24, "caption_projection_dim": 32}
     return denoiser("AuraFlowTransformer2DModel", batch, **size, pos_embed_max_size=16)
 
 
 def sana():
-    batch = dict(hidden_states=noise(2, 4, 8, 8), encoder_hidden_states=noise(2, 5, 24), timestep=STEP)
-    size = dict(patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4)
-    size |= dict(num_cross_attention_heads=4, cross_attention_head_dim=8, cross_attention_dim=32, caption_channels=24)
+    batch = {"hidden_states": noise(2, 4, 8, 8), "encoder_hidden_states": noise(2, 5, 24), "timestep": STEP}
+    size = {
+        "patch_size": 1,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+    }
+    size |= {
+        "num_cross_attention_heads": 4,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 32,
+        "caption_channels": 24,
+    }
     return denoiser("SanaTransformer2DModel", batch, **size, sample_size=8)
 
 
 def cogvideox():
-    batch = dict(hidden_states=noise(2, 2, 4, 8, 8), encoder_hidden_states=noise(2, 5, 24), timestep=STEP)
-    size = dict(num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=8, num_layers=2)
-    size |= dict(text_embed_dim=24, sample_width=8, sample_height=8, sample_frames=5, patch_size=2, max_text_seq_length=5)
+    batch = {"hidden_states": noise(2, 2, 4, 8, 8), "encoder_hidden_states": noise(2, 5, 24), "timestep": STEP}
+    size = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 8,
+        "num_layers": 2,
+    }
+    size |= {
+        "text_embed_dim": 24,
+        "sample_width": 8,
+        "sample_height": 8,
+        "sample_frames": 5,
+        "patch_size": 2,
+        "max_text_seq_length": 5,
+    }
     return denoiser("CogVideoXTransformer3DModel", batch, **size, temporal_compression_ratio=4)
 
 
 def hunyuan_video():
-    batch = dict(hidden_states=noise(1, 4, 2, 4, 4), encoder_hidden_states=noise(1, 5, 24), timestep=STEP[:1])
-    batch |= dict(encoder_attention_mask=torch.ones(1, 5), pooled_projections=noise(1, 16), guidance=torch.tensor([6000.0]))
-    size = dict(in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=16, num_layers=1, num_single_layers=1)
-    size |= dict(num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=24, pooled_projection_dim=16)
+    batch = {"hidden_states": noise(1, 4, 2, 4, 4), "encoder_hidden_states": noise(1, 5, 24), "timestep": STEP[:1]}
+    batch |= {
+        "encoder_attention_mask": torch.ones(1, 5),
+        "pooled_projections": noise(1, 16),
+        "guidance": torch.tensor([6000.0]),
+    }
+    size = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+    }
+    size |= {
+        "num_refiner_layers": 1,
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "text_embed_dim": 24,
+        "pooled_projection_dim": 16,
+    }
     return denoiser("HunyuanVideoTransformer3DModel", batch, **size, rope_axes_dim=(4, 6, 6))
 
 
-def chroma():
-    batch = dict(hidden_states=noise(2, 16, 4), timestep=STEP / 10, encoder_hidden_states=noise(2, 5, 24))
-    batch |= dict(img_ids=torch.rand(16, 3), txt_ids=torch.zeros(5, 3), attention_mask=torch.ones(2, 21, dtype=torch.bool))
-    size = dict(patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=4)
-    size |= dict(joint_attention_dim=24, axes_dims_rope=(2, 2, 4), approximator_num_channels=8)
-    return denoiser("ChromaTransformer2DModel", batch, **size, approximator_hidden_dim=16, approximator_layers=1)
-
-
 def cogview3():
-    batch = dict(hidden_states=noise(2, 4, 8, 8), encoder_hidden_states=noise(2, 5, 24), timestep=STEP)
-    batch |= dict(original_size=torch.full((2, 2), 8.0), target_size=torch.full((2, 2), 8.0), crop_coords=torch.zeros(2, 2))
-    size = dict(patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, out_channels=4)
-    size |= dict(text_embed_dim=24, time_embed_dim=16, condition_dim=8, pos_embed_max_size=8, sample_size=8)
+    batch = {"hidden_states": noise(2, 4, 8, 8), "encoder_hidden_states": noise(2, 5, 24), "timestep": STEP}
+    batch |= {
+        "original_size": torch.full((2, 2), 8.0),
+        "target_size": torch.full((2, 2), 8.0),
+        "crop_coords": torch.zeros(2, 2),
+    }
+    size = {
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "out_channels": 4,
+    }
+    size |= {"text_embed_dim": 24, "time_embed_dim": 16, "condition_dim": 8, "pos_embed_max_size": 8, "sample_size": 8}
     return denoiser("CogView3PlusTransformer2DModel", batch, **size)
 
 
-GQA = dict(num_key_value_heads=2)
-MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1)
+GQA = {"num_key_value_heads": 2}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
 MORE = {
     "mistral": lambda: text("mistral", **GQA),
     "qwen2": lambda: text("qwen2", **GQA),
@@ -275,7 +386,7 @@ MORE = {
     "falcon_mha": lambda: text("falcon", multi_query=False, new_decoder_architecture=False, alibi=False),
     "mpt": lambda: text("mpt", d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
     "persimmon": lambda: text("persimmon"),
-    "codegen": lambda: text("codegen", n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+    "codegen": lambda: text("codegen", n_embd=64, n_layer=2, num_attention_heads=8, n_positions=64, rotary_dim=4),
     "biogpt": lambda: text("biogpt"),
     "xglm": lambda: text("xglm", d_model=32, num_layers=2, attention_heads=4, ffn_dim=64),
     "roberta": lambda: text("roberta", "AutoModel"),
@@ -296,16 +407,13 @@ MORE = {
     "deit": lambda: image("deit", **IMAGE),
     "beit": lambda: image("beit", **IMAGE, use_relative_position_bias=True),
     "dinov3_vit": lambda: image("dinov3_vit", **IMAGE),
-    "vit_mae": lambda: image(
-        "vit_mae", **IMAGE, decoder_hidden_size=32, decoder_num_attention_heads=4, decoder_num_hidden_layers=1,
-        decoder_intermediate_size=64, mask_ratio=0.0,
-    ),
+    "vit_mae": vit_mae,
     "swinv2": lambda: image(
         "swinv2", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
     ),
     "segformer": segformer,
     "sam_vision": sam,
-    "yolos": lambda: image("yolos", **(IMAGE | dict(image_size=[32, 32], num_detection_tokens=4))),
+    "yolos": lambda: image("yolos", **(IMAGE | {"image_size": [32, 32], "num_detection_tokens": 4})),
     "siglip": siglip,
     "wav2vec2": lambda: audio("wav2vec2"),
     "hubert": lambda: audio("hubert"),
@@ -316,6 +424,5 @@ MORE = {
     "sana": sana,
     "cogvideox": cogvideox,
     "hunyuan_video": hunyuan_video,
-    "chroma": chroma,
     "cogview3": cogview3,
 }  # fmt: skip
