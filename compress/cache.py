@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 FORMAT = 1  # raised when the same options make other batches
@@ -31,7 +32,8 @@ def cached(make: Callable[[], list[dict]], spec: str, source: Any, options: dict
     found = make()
     part = path.with_suffix(f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in _flatten(found).items()}, part)
+    own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in _flatten(found).items()}
+    save_file(own, part)  # which refuses tensors that share their memory
     os.replace(part, path)
     return found
 

@@ -23,9 +23,9 @@ from compress.cache import cached
 from compress.encoding import images, texts
 from compress.errors import CompressError, did_you_mean, one_of
 from compress.reading import samples_in, taken
+from compress.trajectory import calls_of, record
 
 TRAJECTORY = "trajectory"
-DEFAULTS = {"samples": 128, "length": 512, "batch": 8}  # of a user's iterable without a section in the recipe
 
 
 class Batches(list[dict[str, Tensor]]):
@@ -34,20 +34,6 @@ class Batches(list[dict[str, Tensor]]):
     def __init__(self, found: Iterable[dict] = (), note: str = ""):
         super().__init__(found)
         self.note = note
-
-
-def read(section: Any, source: Any, given: Iterable | None, seed: int) -> Batches:
-    """The batches of a recipe's section (`data samples length batch column split`), or from the user's own iterable.
-
-    Without either a whole pipeline samples from its own prompts; other models get no batches.
-    """
-    if section is None and given is None:
-        return Batches()
-    options = {} if section is None else section.model_dump(include={"samples", "length", "batch", "column", "split"})
-    spec = given if given is not None else section.data or (TRAJECTORY if source.pipeline is not None else None)
-    if spec is None:
-        raise CompressError("data: the recipe names no data; it must name a file, a folder or a dataset")
-    return batches(spec, source, **(DEFAULTS | options), seed=seed)
 
 
 def batches(
@@ -77,8 +63,6 @@ def batches(
 
         def make() -> list[dict]:
             if spec == TRAJECTORY:
-                from compress.trajectory import record
-
                 return record(source, samples, length, batch, seed)
             return _encoded(samples_in(spec, column=column, split=split), source, samples, length, batch, seed)
 
@@ -98,7 +82,7 @@ def rows(batch: dict[str, Tensor]) -> int:
 
 
 def recorded(path: Path, samples: int, batch: int) -> list[dict[str, Tensor]]:
-    """Recorded forward arguments in the order of the file; `a.b` is the entry b of a dict argument a."""
+    """Recorded forward arguments in their order, samplings as calls; `a.b` is the entry b of a dict argument a."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -114,9 +98,7 @@ def recorded(path: Path, samples: int, batch: int) -> list[dict[str, Tensor]]:
         raise CompressError(
             f"data: {path}: the first dimensions differ ({lengths}); each tensor must have one row per call"
         )
-    count = min([samples, *lengths.values()]) if lengths else 0
-    slices = [slice(at, min(at + batch, count)) for at in range(0, count, batch)]
-    return [_nested({name: value[part] for name, value in tensors.items()}) for part in slices]
+    return [_nested(call) for call in calls_of(tensors, samples, batch)] if tensors else []
 
 
 def _nested(flat: dict[str, Tensor]) -> dict:

@@ -26,7 +26,6 @@ PROMPTS = (
     "a green parrot sitting on a branch",
     "a steam train crossing a stone bridge",
 )
-MOST_STEPS = 1000  # a pipeline's own number of steps is smaller
 FAITHFUL = 1e-3  # how far a replayed step may be from the recorded one, relative to the sample
 
 
@@ -46,17 +45,6 @@ def record(source: Any, samples: int, length: int, batch: int, seed: int | None)
         calls += heard
         start += 1
     return calls[:samples]
-
-
-def sampler(
-    source: Any, seed: int, batches: list[dict] = (), *, images: int = 4
-) -> Callable[[nn.Module], Tensor] | None:
-    """A function that runs a whole sampling with a model and returns its result: the pipeline's, or a recorded one."""
-    if source.pipeline is not None:
-        return pipeline_sampler(source, seed=seed, batch=images, length=MOST_STEPS)
-    if batches and "timestep" in batches[0]:
-        return replay_sampler(batches, source.original())
-    return None
 
 
 def pipeline_sampler(source: Any, *, seed: int, batch: int, length: int) -> Callable[[nn.Module], Tensor]:
@@ -151,22 +139,43 @@ def _sample(pipeline: Any, seed: int, batch: int, length: int) -> Tensor:
     return torch.as_tensor(result.images if hasattr(result, "images") else result.frames)
 
 
-def _steps(batches: list[dict]) -> list[dict]:
-    """The calls of the recorded samplings, step by step and all samplings at once; one cut short is left out."""
-    if not batches or "timestep" not in batches[0]:
-        return []
-    rows = tree_map(lambda *parts: torch.cat(parts), *batches)
-    times = rows["timestep"].double().tolist()
-    runs, begin = [], 0
+def calls_of(rows: dict[str, Tensor], samples: int, batch: int) -> list[dict[str, Tensor]]:
+    """The recorded rows of samplings, one sampling after another, as calls: a step of `batch` samplings at once.
+
+    So the batches follow each other as the calls of a real sampling do, which a model that shares work between steps
+    depends on. Rows that are no samplings of the same number of steps come as they are, `batch` at once.
+    """
+    spans = runs(rows["timestep"].flatten().tolist()[:samples]) if "timestep" in rows else []
+    steps = len(spans[0]) if spans else 0
+    whole = [span for span in spans if len(span) == steps]
+    if steps < 2 or any(len(span) > steps for span in spans) or len(whole) < len(spans) - 1:
+        count = min(samples, len(next(iter(rows.values()))))
+        picked = [list(range(at, min(at + batch, count))) for at in range(0, count, batch)]
+    else:
+        groups = [whole[at : at + batch] for at in range(0, len(whole), batch)]
+        picked = [[span[step] for span in group] for group in groups for step in range(steps)]
+    return [{name: value[chosen] for name, value in rows.items()} for chosen in picked]
+
+
+def runs(times: list[float]) -> list[range]:
+    """The samplings in a row of timesteps: they run one way inside a sampling and turn back where the next begins."""
+    found, begin = [], 0
     for at in range(1, len(times) + 1):
-        # The timestep runs one way inside a sampling and turns back where the next one begins.
         if at < len(times) and (at == begin + 1 or (times[at] - times[at - 1]) * (times[begin + 1] - times[begin]) > 0):
             continue
-        runs.append(range(begin, at))
+        found.append(range(begin, at))
         begin = at
-    whole = [list(run) for run in runs if len(run) == max(map(len, runs))]
+    return found
+
+
+def _steps(batches: list[dict]) -> list[dict]:
+    """The calls of recorded samplings, step by step and all samplings at once; a sampling cut short is left out."""
+    if not batches or "timestep" not in batches[0]:
+        return []
+    spans = runs([batch["timestep"].flatten()[0].item() for batch in batches])
+    whole = [span for span in spans if len(span) == max(map(len, spans))]
     return [
-        tree_map(lambda value, chosen=chosen: value[chosen], rows) for chosen in map(list, zip(*whole, strict=True))
+        tree_map(lambda *parts: torch.cat(parts), *(batches[at] for at in step)) for step in zip(*whole, strict=True)
     ]
 
 

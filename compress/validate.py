@@ -20,6 +20,7 @@ from compress.compare import COMPARE, Batch, Sum, psnr
 from compress.data import placed
 from compress.emit import tensor_bytes, unique_tensors
 from compress.errors import CompressError
+from compress.example import example
 from compress.flops import count, memory
 from compress.metrics import METRICS
 from compress.outputs import answer, inputs
@@ -63,13 +64,14 @@ def measure(
     found = answers([name for name in names if name in COMPARE], model, original, batches)
     if "psnr" in names:
         assert sampler is not None
-        found["psnr"] = psnr(sampler(model), sampler(original))
+        reference = sampler(original)
+        found["psnr"] = psnr(reference if model is original else sampler(model), reference)
     if "size" in names:
         found["size"] = tensor_bytes(model) if folder is None else weight_bytes(folder)
     if "memory" in names:
-        found["memory"] = memory(model, batches[0])
+        found["memory"] = memory(model, batches[0] if batches else example(original))
     if "flops" in names:
-        found["flops"] = count(model, batches[0])
+        found["flops"] = count(model, batches[0] if batches else example(original))
     if "parameters" in names:
         found["parameters"] = sum(tensor.numel() for tensor in unique_tensors(model))
     return {name: float(found[name]) for name in names}

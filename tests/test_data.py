@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from compress.data import Batches, batches
 from compress.errors import CompressError
-from compress.trajectory import listening, replay_sampler, sampler
+from compress.trajectory import calls_of, listening, pipeline_sampler, replay_sampler, runs
 
 WORDS = ("[PAD]", "[BOS]", "[UNK]", *(f"w{number}" for number in range(60)))
 SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -228,7 +228,8 @@ def test_recorded_calls_keep_their_order(read, tmp_path):
     }
     save_file(calls, file)
     found = read(file, source(dit(), library="diffusers"), samples=5)
-    assert [item["timestep"].tolist() for item in found] == [[0, 1], [2, 3], [4]]
+    assert [item["timestep"].tolist() for item in found] == [[0], [1], [2], [3], [4]]
+    assert torch.equal(torch.cat([item["hidden_states"] for item in found]), calls["hidden_states"])
     save_file(calls | {"timestep": torch.arange(4)}, file)
     with pytest.raises(CompressError, match="the first dimensions differ"):
         read(file, source(dit(), library="diffusers"))
@@ -346,11 +347,25 @@ def test_a_pipeline_samples_with_another_model():
     made = pipeline()
     model = source(made.transformer, library="diffusers", pipeline=made)
     model.component = "transformer"
-    sample = sampler(model, seed=0, images=1)
+    sample = pipeline_sampler(model, seed=0, batch=1, length=3)
     own = sample(made.transformer)
     assert torch.equal(own, sample(made.transformer))
     assert not torch.equal(own, sample(dit().eval()))
     assert made.transformer is model.model
+
+
+def test_recorded_samplings_come_step_by_step():
+    rows = {"timestep": torch.tensor([9, 5, 1, 9, 5, 1, 9, 5, 1]), "sample": torch.arange(9)}
+
+    def picked(samples, batch):
+        return [call["sample"].tolist() for call in calls_of(rows, samples, batch)]
+
+    assert picked(9, 2) == [[0, 3], [1, 4], [2, 5], [6], [7], [8]]
+    assert picked(8, 8) == [[0, 3], [1, 4], [2, 5]], "a sampling cut short is left out"
+    assert picked(2, 8) == [[0], [1]]
+    rows["timestep"] = torch.tensor([9, 5, 1, 7, 3, 8, 2, 6, 4])
+    assert picked(9, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]], "no sampling: rows as they are"
+    assert runs([]) == []
 
 
 def euler(model, x, labels, steps=4):
@@ -361,13 +376,14 @@ def euler(model, x, labels, steps=4):
     return x, calls
 
 
-def test_a_recorded_sampling_is_run_again():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_recorded_sampling_is_run_again(batch):
     torch.manual_seed(0)
     model, other = dit().eval(), dit().eval()
     labels, noise = torch.tensor([1, 3]), torch.randn(2, 2, 8, 8)
     _, calls = euler(model, noise, labels)
     rows = {name: torch.stack([call[name] for call in calls], 1).flatten(0, 1) for name in calls[0]}
-    recorded = [{name: value[at : at + 3] for name, value in rows.items()} for at in range(0, 8, 3)]
+    recorded = calls_of(rows, samples=8, batch=batch)
     sample = replay_sampler(recorded, model)
     for candidate in (model, other):
         expected, its_calls = euler(candidate, noise, labels)
@@ -375,6 +391,6 @@ def test_a_recorded_sampling_is_run_again():
         assert not torch.equal(expected, noise)
     rows["hidden_states"] = rows["hidden_states"] + 0.1 * torch.randn_like(rows["hidden_states"])
     with pytest.raises(CompressError, match="cannot be run again"):
-        replay_sampler([rows], model)
+        replay_sampler(calls_of(rows, 8, batch), model)
     with pytest.raises(CompressError, match="at least two steps"):
         replay_sampler([{name: value[:1] for name, value in rows.items()}], model)
