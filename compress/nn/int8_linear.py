@@ -1,0 +1,46 @@
+"""Linear layer with int8 weights, one scale an output, and activations quantized to int8 a token at run time."""
+
+from __future__ import annotations
+
+import torch
+from compress_kernels.int8_linear import int8_linear
+from torch import Tensor, nn
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in -127..127 and one scale a row, rounded to the weight's dtype so that a cast cannot change it."""
+    values = weight.detach().float()
+    scale = (values.abs().amax(1, keepdim=True) / 127).to(weight.dtype)
+    scale = torch.where(scale > 0, scale, 1)  # an all-zero row has codes 0 at any scale
+    return (values / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """In the place of nn.Linear or transformers' Conv1D; the result has the dtype of the input."""
+
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, bias: nn.Parameter | None, transposed: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
+        self.bias = bias
+        self.transposed = transposed  # was a Conv1D, so no format that only knows nn.Linear can hold this layer
+        self.out_features, self.in_features = weight.shape
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module) -> Int8Linear:
+        """Quantize a layer's present weight; on the meta device only its shapes."""
+        transposed = not isinstance(linear, nn.Linear)
+        weight = linear.weight.t() if transposed else linear.weight
+        return cls(*quantize_rows(weight), linear.bias, transposed)
+
+    def dequantized(self) -> Tensor:
+        """The weight that this layer stands for, [out, in]."""
+        return self.weight.to(self.weight_scale.dtype) * self.weight_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_linear(x, self.weight, self.weight_scale, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

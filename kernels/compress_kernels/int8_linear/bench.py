@@ -1,0 +1,57 @@
+"""`python -m compress_kernels.int8_linear.bench`: int8_linear against the stock ways to run a linear layer on a CPU.
+
+Thread time of one thread, so run with OMP_NUM_THREADS=1. A path that disagrees with the reference is not timed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from compress_kernels.int8_linear import int8_linear
+from compress_kernels.int8_linear.reference import reference
+from compress_kernels.timing import paired
+
+SHAPES = ((384, 1536), (1536, 384), (576, 1536), (768, 3072))
+ROWS = (1, 32, 1576)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """A line per shape: microseconds of eager float32, then how many times faster the others are."""
+    columns = ("fp32 packed", "bf16 packed", "int8 (fp32 in)", "int8 (bf16 in)", "int8 / best stock")
+    print(f"{'in, out, rows':>18} {'fp32 us':>9}  " + "  ".join(columns))
+    for depth, width in SHAPES:
+        for rows in ROWS:
+            times = paired(contestants(rows, depth, width))
+            base = times.pop("fp32")
+            packed, half, ours, ours_half = (base / value for value in times.values())
+            print(
+                f"{f'{depth}, {width}, {rows}':>18} {base * 1e6:9.0f} {packed:12.2f} {half:12.2f} {ours:15.2f} "
+                f"{ours_half:15.2f} {ours / max(packed, half, 1):18.2f}"
+            )
+
+
+def contestants(rows: int, depth: int, width: int) -> dict:
+    """The ways to run this layer, each checked."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, depth, generator=generator)
+    codes = torch.randint(-127, 128, (width, depth), generator=generator).to(torch.int8)
+    scale, bias = torch.rand(width, 1, generator=generator) * 4e-4, torch.randn(width, generator=generator)
+    weight, half, half_bias = codes * scale, (codes * scale).bfloat16(), bias.bfloat16()
+    linear = torch.ops.mkldnn._linear_pointwise
+    packed, packed_half = (torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in (weight, half))
+    x_half = x.bfloat16()
+    error = (int8_linear(x, codes, scale, bias) - reference(x, codes, scale, bias)).norm() / x.norm()
+    assert error < 1e-5, f"int8_linear is off by {error:.1e}"
+    return {
+        "fp32": lambda: F.linear(x, weight, bias),
+        "fp32 packed": lambda: linear(x, packed, bias, "none", [], ""),
+        "bf16 packed": lambda: linear(x_half, packed_half, half_bias, "none", [], ""),
+        "int8": lambda: int8_linear(x, codes, scale, bias),
+        "int8 bf16": lambda: int8_linear(x_half, codes, scale, half_bias),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Paired timings for the benchmarks, and the question whether a fast path can be trusted on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+SLOWDOWN = 5  # reference kernels that stand in for a missing instruction set are some hundred times slower
+
+
+def paired(functions: dict[str, Callable], rounds: int = 9, seconds: float = 0.3) -> dict[str, float]:
+    """Median seconds of each function; all take turns in every round, so that a busy machine hits them alike."""
+    repeats = {}
+    for name, function in functions.items():
+        function()
+        repeats[name] = max(1, int(seconds / rounds / max(_once(function, 1), 1e-6)))
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(_once(function, repeats[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _once(function: Callable, repeat: int) -> float:
+    start = time.thread_time()  # not the wall clock: other work on the machine does not count
+    for _ in range(repeat):
+        function()
+    return (time.thread_time() - start) / repeat
+
+
+def trusted(fast: Callable[[], Tensor], plain: Callable[[], Tensor], expected: Tensor, tolerance: float) -> bool:
+    """Does `fast` give the expected tensor, and not far slower than `plain`, on this machine and this torch?"""
+    try:
+        result = fast()
+    except (AttributeError, RuntimeError):  # no such operator in this torch, or none for this processor
+        return False
+    error = (result.double() - expected).norm() / expected.norm()
+    return bool(error <= tolerance) and _fastest(fast) <= SLOWDOWN * _fastest(plain)
+
+
+def _fastest(function: Callable) -> float:
+    function()
+    return min(_wall(function) for _ in range(5))
+
+
+def _wall(function: Callable) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

@@ -1,0 +1,113 @@
+"""quantize.weight_only: groups that fit, the error of its widths, ties, and models around it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from compress.errors import CompressError
+from compress.nn.weight_only_linear import WeightOnlyLinear
+from compress.outputs import relative_error, run
+from compress.transforms.quantize.weight_only import WeightOnly, fitting
+from compress.view import View
+from models import MODELS
+
+
+def applied(model, **options):
+    method, view = WeightOnly(**options), View(model)
+    plan = method.plan(view)
+    method.apply(view, plan)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("group", "width", "expected"), [(64, 576, 64), (64, 96, 32), (64, 40, 0), (128, 48, 16), (0, 64, 0), (64, 33, 0)]
+)
+def test_groups_are_halved_until_they_fit(group, width, expected):
+    assert fitting(group, width) == expected
+
+
+def test_groups_that_did_not_fit_are_told():
+    net = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 33), nn.Linear(33, 64))
+    plan = applied(net, bits=4)
+    assert {path: edit["group"] for path, edit in plan.edits.items()} == {"0": 64, "1": 32, "2": 0}
+    assert plan.notes["groups"] == {"1": 32, "2": 0}
+    assert [layer.weight_scale.shape[1] for layer in net] == [1, 3, 1]
+    assert net(torch.randn(2, 64)).shape == (2, 64)
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, {"group": -16}, {"group": 24}, {"groups": 32}])
+def test_options_are_checked(options):
+    with pytest.raises(ValidationError):
+        WeightOnly(**options)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "least", "most"), [(8, 0, 2e-3, 1e-2), (8, 32, 1e-3, 8e-3), (4, 32, 3e-2, 0.12)]
+)
+def test_error_is_that_of_the_bits(bits, group, least, most):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(128, 64)), torch.randn(200, 128)
+    with torch.no_grad():
+        expected = net(x)
+        applied(net, bits=bits, group=group)
+        assert least < relative_error(net(x), expected) < most
+
+
+def test_the_layer_tells_its_weight_and_sizes():
+    linear = nn.Linear(64, 32, dtype=torch.bfloat16)
+    layer = WeightOnlyLinear.from_linear(linear, 4, 32)
+    assert layer.weight.dtype == torch.bfloat16 and layer.weight.shape == linear.weight.shape
+    assert relative_error(layer.weight, linear.weight) < 0.12
+    assert layer.weight_shape.tolist() == [32, 64] and (layer.in_features, layer.out_features) == (64, 32)
+    assert set(layer.state_dict()) == {"weight_packed", "weight_scale", "weight_shape", "bias"}
+    assert layer.bias is linear.bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_casting_the_layer_changes_no_weight(dtype):
+    layer = WeightOnlyLinear.from_linear(nn.Linear(64, 32, dtype=dtype), 4, 32)
+    assert torch.equal(layer.weight_scale.bfloat16().to(dtype), layer.weight_scale)
+
+
+def test_shared_weights_stay_shared():
+    left, right = nn.Linear(32, 32), nn.Linear(32, 32)
+    right.weight = left.weight
+    net = nn.Sequential(left, right, left)
+    plan = applied(net, bits=4, group=16)
+    assert set(plan.edits) == {"0", "1"}
+    assert net[0] is net[2] and net[0].weight_packed is net[1].weight_packed
+    assert net[0].bias is not net[1].bias
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_broken_weights_are_refused_in_one_line(value):
+    net = nn.Sequential(nn.Linear(32, 32))
+    with torch.no_grad():
+        net[0].weight[3, 3] = value
+    with pytest.raises(CompressError, match=r"^quantize.weight_only: 0.weight holds NaN or infinite values, .*$"):
+        WeightOnly().plan(View(net))
+
+
+def test_zero_rows_and_groups():
+    net = nn.Sequential(nn.Linear(32, 16))
+    with torch.no_grad():
+        net[0].weight[2] = 0
+        net[0].weight[:, 16:] = 0
+    applied(net, bits=4, group=16)
+    assert torch.equal(net[0].weight[2], torch.zeros(32)) and torch.equal(net[0].weight[:, 16:], torch.zeros(16, 16))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "dit", "whisper"])
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4, "group": 16}])
+def test_models_answer_almost_the_same_and_shrink(name, options):
+    model, batch = MODELS[name]()
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with torch.no_grad():
+        expected = run(model, batch)
+        plan = applied(model, **options)
+        assert 1e-4 < relative_error(run(model, batch), expected) < {4: 0.25, 8: 0.02}[options["bits"]]
+    assert all(isinstance(model.get_submodule(path), WeightOnlyLinear) for path in plan.edits)
+    assert sum(parameter.nbytes for parameter in model.parameters()) < 0.6 * size
