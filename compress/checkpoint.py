@@ -112,7 +112,7 @@ def load(folder: str | Path, **options):
         from compress.hf_transformers import PlanConfig
 
         config = transformers.AutoConfig.from_pretrained(folder)
-        config.quantization_config = PlanConfig(steps=facts["steps"])
+        config.quantization_config = PlanConfig(steps=facts["steps"]).to_dict()
         options["config"] = config
     return cls.from_pretrained(folder, **({"dtype": "auto"} | options))
 

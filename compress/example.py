@@ -12,6 +12,8 @@ from compress.errors import CompressError
 
 def example(model: nn.Module, tokens: int = 16, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:
     """Forward arguments that the model takes, on its device and in its dtype."""
+    if not hasattr(model, "config"):
+        raise CompressError(f"{type(model).__name__}: its inputs are not known; give calibration or validation data")
     parameter = next(model.parameters())
     arguments = _denoiser(model, batch) if hasattr(model, "config_name") else _transformer(model, tokens, batch)
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +66,9 @@ def _transformer(model, tokens: int, batch: int) -> dict:
     if getattr(config, "is_encoder_decoder", False):
         arguments["decoder_input_ids"] = ((batch, min(tokens, limit)), vocabulary)
     if not arguments:
-        raise CompressError(f"no example input is known for a model that takes {sorted(names)[:6]}; pass calibration data")
+        raise CompressError(
+            f"no example input is known for a model that takes {sorted(names)[:6]}; pass calibration data"
+        )
     return arguments
 
 

@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from compress.checkpoint import sha256
 from compress.errors import CompressError
@@ -140,7 +141,7 @@ def partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def fingerprint(source: Source, data: list[dict], *facts: str) -> str:
+def fingerprint(source: Source, data: Sequence[list[dict]], *facts: str) -> str:
     """What must be the same for a run to go on: model, data, recipe, options and versions."""
     import diffusers
     import transformers
@@ -150,8 +151,9 @@ def fingerprint(source: Source, data: list[dict], *facts: str) -> str:
     digest = hashlib.sha256()
     for fact in (*facts, __version__, torch.__version__, transformers.__version__, diffusers.__version__):
         digest.update(fact.encode() + b"\0")
-    leaves, structure = tree_flatten(data)
-    for value in (str(structure), *leaves):
+    leaves = {keystr(path): value for path, value in tree_flatten_with_path([*map(list, data)])[0]}
+    for name, value in sorted(leaves.items()):
+        digest.update(name.encode())
         _add(digest, value)
     if not source.adopted:
         for path in source.files():

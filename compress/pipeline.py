@@ -90,13 +90,15 @@ def compress(
     if out is not None and out.exists() and not (out / SIDECAR).exists():
         raise CompressError(f"{out}: exists already and compress did not make it; choose another -o")
     source = as_source(model, processor, device, dtype)
+    if out is not None and source.library == "torch":
+        raise CompressError(f"{source.name}: only transformers and diffusers models can be saved; leave output out")
     seed_everything(recipe.seed)
     batches = samples(recipe.calibrate, source, calibration, recipe.seed)
     held_out = samples(recipe.validate_, source, validation, None)
     data = (batches, held_out)
     if out is None:
         return carry_out(source, recipe, data, None, force, started)
-    key = fingerprint(source, [batches, held_out], recipe.source, str(device), str(dtype), recipe.emit.format)
+    key = fingerprint(source, data, recipe.source, str(device), str(dtype), recipe.emit.format)
     if out.exists() and not force:
         return already(out, key, source, recipe)
     with Journal(out, key, restart=force) as journal:

@@ -85,7 +85,10 @@ def open_source(name: str, *, device: str | None = None, dtype: str | None = Non
             )
     source.model.eval()
     if device and not meta:
-        source.model.to(device)
+        try:
+            source.model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+            raise CompressError(f"--device is {device}: {str(error).splitlines()[0]}") from error
     return source
 
 

@@ -32,8 +32,8 @@ def write_probe(model: nn.Module, inputs: dict, folder: Path) -> None:
     tensors = {f"input.{name}": value.cpu().contiguous() for name, value in inputs.items() if isinstance(value, Tensor)}
     others = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
     tensors["output"] = _sample(_ask(model, inputs))
-    device = next(model.parameters()).device.type
-    save_file(tensors, folder / PROBE, metadata={"others": json.dumps(others), "device": device})
+    facts = json.dumps({"device": next(model.parameters()).device.type, "inputs": others})
+    save_file(tensors, folder / PROBE, metadata={"facts": facts})  # one entry: the order of several is random
 
 
 def verify(folder: str | Path) -> dict:
@@ -67,11 +67,11 @@ def compare(folder: Path) -> dict:
         model = getattr(model, facts["component"])
     with safe_open(folder / PROBE, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        inputs, device = json.loads(file.metadata()["others"]), file.metadata()["device"]
+        facts = json.loads(file.metadata()["facts"])
     expected = tensors.pop("output")
-    inputs |= {name.removeprefix("input."): value for name, value in tensors.items()}
-    if device == "cuda" and torch.cuda.is_available():  # other devices round differently
-        model.to(device)
+    inputs = facts["inputs"] | {name.removeprefix("input."): value for name, value in tensors.items()}
+    if facts["device"] == "cuda" and torch.cuda.is_available():  # other devices round differently
+        model.to("cuda")
     got = _sample(_ask(model.eval(), inputs))
     if got.shape != expected.shape:
         raise CompressError(f"{folder}: the reloaded model answers in another shape")
