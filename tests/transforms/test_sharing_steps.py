@@ -175,6 +175,15 @@ def test_single_calls_are_exact(name):
     assert model(**given_).sample.equal(plain(**given_).sample), "other conditions are another image"
 
 
+@torch.no_grad()
+def test_the_call_after_an_error_is_exact():
+    model, plain, conditions = build(every=5, warmup=1, reuse="attention")
+    image = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(Aborted), failing(model):
+        model(image, timestep=torch.full((2,), 900), **conditions)
+    assert torch.equal(*(each(image, timestep=torch.full((2,), 800), **conditions).sample for each in (model, plain)))
+
+
 def test_gradients_are_those_of_the_plain_model():
     model, plain, conditions = build(every=5, warmup=1)
     generate(model, conditions, steps=4, abort=None)
