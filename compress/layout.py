@@ -12,8 +12,8 @@ from compress.roles import width_in, width_out
 
 MOVES = (
     "view", "reshape", "transpose", "permute", "split", "chunk", "unbind", "__getitem__", "contiguous", "flatten",
-    "unflatten", "squeeze", "unsqueeze", "movedim", "swapaxes", "t", "narrow", "select", "tensor_split", "expand", "broadcast_to",
-    "repeat_interleave", "to", "float", "half", "clone",
+    "unflatten", "squeeze", "unsqueeze", "movedim", "swapaxes", "t", "narrow", "select", "tensor_split", "expand",
+    "broadcast_to", "repeat_interleave", "to", "float", "half", "clone",
 )  # fmt: skip
 # The forward runs without most of its arguments, so it stops somewhere; what it did before that is the answer.
 OBSTACLES = (TypeError, AttributeError, RuntimeError, ValueError, IndexError, KeyError, AssertionError)

@@ -104,7 +104,7 @@ def read(path: str, module: nn.Module, modules: dict[str, nn.Module], layouts: d
     if roles is None:
         return None
     widths = {role: width_out(linears[name]) for role, name in roles.items()}
-    sizes = solve(module, widths)
+    sizes = solve_latent(module, roles, widths) or solve(module, widths)
     if sizes is None:
         if "qkv" in roles:  # the same names are used by state-space and convolution blocks
             return None
@@ -164,6 +164,14 @@ def solve_pair(query: int, pair: int, heads: int, groups: int | None) -> tuple[i
     return heads, groups, dim, pair // groups - dim
 
 
+def solve_latent(module: nn.Module, roles: dict, widths: dict) -> tuple[int, int, int, int] | None:
+    """Latent attention (DeepSeek): `kv_b_proj` expands one latent, each head to its own key and value width."""
+    heads, value_dim = number(module, HEADS), number(module, ("v_head_dim",))
+    if not roles.get("kv", "").startswith("kv_b") or not heads or not value_dim or widths["q"] % heads:
+        return None
+    return heads, heads, widths["q"] // heads, value_dim
+
+
 def solve_fused(width: int, heads: int, groups: int | None, dim: int | None) -> tuple[int, int, int, int] | None:
     for count in (heads, groups, 1):
         size = width // (heads + 2 * count) if count and width % (heads + 2 * count) == 0 else 0
@@ -205,6 +213,8 @@ def find_layout(attention: Attention, modules: dict[str, nn.Module], layouts: di
         return "separate", ""
     fallback = "fused" if attention.qkv else "q_kv"
     module, linear = modules[attention.path], modules[fused]
+    if attention.kv and fused.rpartition(".")[2].startswith("kv_b"):
+        return fallback, "keys and values of all heads come from one latent"
     if not is_linear(linear) or not attention.heads:
         return fallback, ""
     sizes = (attention.kv_heads, attention.head_dim, attention.value_dim)

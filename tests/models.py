@@ -75,9 +75,19 @@ def t5(name: str = "t5", kind: str = "AutoModelForSeq2SeqLM", **options):
 
 
 ENCODER_DECODER = {
-    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0,
-    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "vocab_size": 99,
-}  # fmt: skip
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "pad_token_id": 0,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "vocab_size": 99,
+}
 
 
 def whisper():
@@ -168,6 +178,7 @@ def unet2d():
     return denoiser("UNet2DModel", {"sample": noise(2, 1, 8, 8), "timestep": STEP}, attention_head_dim=8, **size)
 
 
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 MODELS = {
     "llama": lambda: text("llama", num_key_value_heads=2),
     "qwen3": lambda: text("qwen3", num_key_value_heads=2, head_dim=8),
@@ -176,18 +187,20 @@ MODELS = {
     "bert": lambda: text("bert", "AutoModelForMaskedLM"),
     "vit": lambda: image("vit", "AutoModelForImageClassification", **IMAGE),
     "dinov2": lambda: image("dinov2", **IMAGE),
-    "swin": lambda: image("swin", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
+    "swin": lambda: image("swin", **SWIN),
     "clip": clip,
     "t5": t5,
     "whisper": whisper,
     "dit": lambda: denoiser(
-        "DiTTransformer2DModel", {"hidden_states": noise(2, 4, 8, 8), "timestep": STEP, "class_labels": torch.tensor([1, 2])},
+        "DiTTransformer2DModel",
+        {"hidden_states": noise(2, 4, 8, 8), "timestep": STEP, "class_labels": torch.tensor([1, 2])},
         **LATENT, patch_size=2, out_channels=8, norm_num_groups=1, num_embeds_ada_norm=10,
     ),
     "pixart": lambda: denoiser(
         "PixArtTransformer2DModel",
         {"hidden_states": noise(2, 4, 8, 8), "timestep": STEP, "encoder_hidden_states": noise(2, 5, 24)},
-        **LATENT, patch_size=2, out_channels=8, cross_attention_dim=32, caption_channels=24, use_additional_conditions=False,
+        **LATENT, patch_size=2, out_channels=8, cross_attention_dim=32, caption_channels=24,
+        use_additional_conditions=False,
     ),
     "sd3": sd3,
     "flux": flux,
@@ -408,9 +421,7 @@ MORE = {
     "beit": lambda: image("beit", **IMAGE, use_relative_position_bias=True),
     "dinov3_vit": lambda: image("dinov3_vit", **IMAGE),
     "vit_mae": vit_mae,
-    "swinv2": lambda: image(
-        "swinv2", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
-    ),
+    "swinv2": lambda: image("swinv2", **SWIN),
     "segformer": segformer,
     "sam_vision": sam,
     "yolos": lambda: image("yolos", **(IMAGE | {"image_size": [32, 32], "num_detection_tokens": 4})),
