@@ -8,13 +8,15 @@ away, a disc as in CLEAR; class, register and text tokens see everything and are
 of each call.
 
 `distill` steps of layer-wise training let the projections of each attention make up for what the window hides: other
-weights, same model.
+weights, same model. Every layer learns from the model as it was; each costs one pass over the calibration data.
 
 When it hurts: on a GPU there is no speed-up below 4 to 8 thousand tokens, only loss; a 1024-pixel image of a latent
 model has 4096, and there its text already dominates the cost. On a CPU attention itself gets faster from about 600
-tokens on, but is a small part of the model until a few thousand. Facts outside the window are gone for good: retrieval
-over long texts fails, and small radii repeat objects in large images. Padded batches and models with learned position
-biases build a full mask and gain nothing but cheaper decoding. Attention weights cannot be asked for.
+tokens on, and a whole SmolLM2-135M at 2048 tokens by about a quarter (window 256). Facts outside the window are gone
+for good: retrieval over long texts fails, and small radii repeat objects in large images. SmolLM2-135M on 2048 tokens
+of wikitext goes from perplexity 24.1 to 33.3 at window 256, to 48.3 at 64, and to 145.9 at 64 without sinks, all
+untrained. Padded batches and models with learned position biases build a full mask and gain nothing but cheaper
+decoding. Attention weights cannot be asked for.
 
 Papers: "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", Liu, Tan, Wang, 2024; "Efficient
 Streaming Language Models with Attention Sinks", Xiao, Tian, Chen, Han, Lewis, 2023.
