@@ -150,11 +150,12 @@ def schema(debug):
 
 
 def hush() -> None:
-    """The libraries' progress bars belong on a terminal only."""
-    if not sys.stderr.isatty():
-        import diffusers
-        import transformers
+    """The libraries' progress bars belong on a terminal, and their advice on casting to us."""
+    import diffusers
+    import transformers
 
+    diffusers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         diffusers.utils.logging.disable_progress_bar()
 

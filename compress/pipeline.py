@@ -24,7 +24,8 @@ from compress.flops import memory
 from compress.journal import Journal, fingerprint, partial
 from compress.measure import Measure
 from compress.metrics import METRICS
-from compress.recipe import Data, Emit, Recipe
+from compress.progress import Tracked, say
+from compress.recipe import Data, Emit, Recipe, Validation
 from compress.report import Report
 from compress.source import Source, adopt, open_source
 from compress.steps import plan_steps, run_steps, seed_everything
@@ -222,7 +223,11 @@ def samples(section: Data | None, source: Source, given, seed: int | None) -> li
     if what is None:
         return []
     options = section.model_dump(include={"samples", "length", "batch", "column", "split"})
-    return batches(what, source, seed=seed, **options)
+    found = batches(what, source, seed=seed, **options)
+    label = "validating" if isinstance(section, Validation) else "calibrating"
+    if found.note:
+        say(f"{label} on {found.note}")
+    return Tracked(found, label)
 
 
 def measures(source: Source, recipe: Recipe, batches: list[dict], folder: Path | None) -> list[Measure]:
@@ -259,8 +264,7 @@ def speed(source: Source, batches: list[dict]) -> Measure:
     """The latency against the original as it was loaded and against the fastest stock path, in one run."""
     from compress.validate import latency
 
-    batch = batches[0] if batches else example(source.model)
-    times, stock = latency(source.model, source.original(), batch)
+    times, stock = latency(source.model, source.original(), batches or [example(source.model)])
     (before, spread), (after, spread_after) = times["original"], times["compressed"]
     baseline = {"name": stock, "value": times[stock][0]}
     return Measure("latency", before, after, unit="ms", spread=[spread, spread_after], baseline=baseline)

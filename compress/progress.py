@@ -22,6 +22,17 @@ def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterat
         yield from progress.track(items, total=total, description=label)
 
 
+class Tracked(list):
+    """Batches that show a bar whenever something goes through them."""
+
+    def __init__(self, items: Iterable, label: str):
+        super().__init__(items)
+        self.label = label
+
+    def __iter__(self) -> Iterator:
+        return track(super().__iter__(), self.label, len(self))
+
+
 def say(line: str) -> None:
     """One line of what is going on, on the terminal only."""
     if sys.stderr.isatty():

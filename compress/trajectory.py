@@ -168,6 +168,13 @@ def runs(times: list[float]) -> list[range]:
     return found
 
 
+def sampling(batches: list[dict]) -> list[dict]:
+    """What one use of the model is: the calls of the first sampling of a denoiser, else the first batch."""
+    if not batches or "timestep" not in batches[0]:
+        return batches[:1]
+    return [batches[at] for at in runs([batch["timestep"].flatten()[0].item() for batch in batches])[0]]
+
+
 def _steps(batches: list[dict]) -> list[dict]:
     """The calls of recorded samplings, step by step and all samplings at once; a sampling cut short is left out."""
     if not batches or "timestep" not in batches[0]:

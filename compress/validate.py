@@ -24,6 +24,7 @@ from compress.example import example
 from compress.flops import count, memory
 from compress.metrics import METRICS
 from compress.outputs import answer, inputs
+from compress.trajectory import sampling
 
 Sampler = Callable[[nn.Module], Tensor]
 
@@ -71,7 +72,8 @@ def measure(
     if "memory" in names:
         found["memory"] = memory(model, batches[0] if batches else example(original))
     if "flops" in names:
-        found["flops"] = count(model, batches[0] if batches else example(original))
+        turns = sampling(batches) or [example(original)]
+        found["flops"] = sum(count(model, batch) for batch in turns) / len(turns)
     if "parameters" in names:
         found["parameters"] = sum(tensor.numel() for tensor in unique_tensors(model))
     return {name: float(found[name]) for name in names}
@@ -132,17 +134,18 @@ def _kind(model: nn.Module, output, batch: Batch) -> str:
 
 
 def latency(
-    compressed: nn.Module, original: nn.Module, batch: Batch, *, compile: bool = False, rounds: int = 9
+    compressed: nn.Module, original: nn.Module, batches: list[Batch], *, compile: bool = False, rounds: int = 9
 ) -> tuple[dict[str, tuple[float, float]], str]:
-    """Milliseconds of one forward, median and interquartile range, of all candidates; and the fastest one without us.
+    """Milliseconds of a forward, median and interquartile range, of all candidates; and the fastest one without us.
 
-    The candidates take turns in every round, so that a busy machine disturbs all of them alike; two turns of each
+    A turn is one forward on the first batch; for a denoiser it is the mean over a whole sampling, since a model may
+    share work between steps. The candidates take turns in every round, so that a busy machine disturbs all of them alike; two turns of each
     warm it up. Wall-clock time, with the threads as they are set. A candidate that cannot run here is left out.
     """
     assert rounds >= 7
     calls = {}
     for name, model in candidates(compressed, original, compile).items():
-        call = _call(model, batch)
+        call = _call(model, sampling(batches))
         try:
             call(), call()
         except RuntimeError:  # an operation has no bfloat16 here, or cannot be compiled
@@ -169,9 +172,9 @@ def candidates(compressed: nn.Module, original: nn.Module, compile: bool) -> dic
     return found
 
 
-def _call(model: nn.Module, batch: Batch) -> Callable[[], float]:
-    """A function that runs one forward and returns its milliseconds."""
-    arguments = placed(model, inputs(batch))
+def _call(model: nn.Module, batches: list[Batch]) -> Callable[[], float]:
+    """A function that runs a forward on every batch and returns the mean milliseconds of one."""
+    arguments = [placed(model, inputs(batch)) for batch in batches]
     device = next(model.parameters()).device
 
     @torch.inference_mode()
@@ -179,10 +182,11 @@ def _call(model: nn.Module, batch: Batch) -> Callable[[], float]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()
-        model(**arguments)
+        for argument in arguments:
+            model(**argument)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return 1000 * (time.perf_counter() - started)
+        return 1000 * (time.perf_counter() - started) / len(arguments)
 
     return run
 

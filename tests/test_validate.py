@@ -234,7 +234,7 @@ def test_memory_by_hand():
 @pytest.mark.parametrize("name", ["llama", "unet2d"])
 def test_latency_times_all_candidates(name):
     model, batch = MODELS[name]()
-    times, stock = latency(copy.deepcopy(model), model, batch, rounds=7)
+    times, stock = latency(copy.deepcopy(model), model, [batch], rounds=7)
     assert set(times) == {"compressed", "original", "original, bfloat16"}
     assert stock in times and stock != "compressed"
     assert times[stock][0] == min(times["original"][0], times["original, bfloat16"][0])
@@ -248,6 +248,26 @@ def test_latency_leaves_out_what_cannot_run():
                 raise RuntimeError("no bfloat16 here")
             return super().forward(input)
 
-    times, stock = latency(Picky(3, 3), Picky(3, 3), {"input": torch.zeros(2, 3)}, rounds=7)
+    times, stock = latency(Picky(3, 3), Picky(3, 3), [{"input": torch.zeros(2, 3)}], rounds=7)
     assert set(times) == {"compressed", "original"}
     assert stock == "original"
+
+
+def test_a_denoiser_is_timed_and_counted_over_a_whole_sampling():
+    """A model that works on every second call only costs half as much."""
+
+    class Lazy(nn.Linear):
+        calls = 0
+
+        def forward(self, sample, timestep):
+            self.calls += 1
+            return super().forward(sample) if self.calls % 2 else sample
+
+    batches = [{"sample": torch.zeros(1, 3), "timestep": torch.tensor([t])} for t in (9, 6, 3, 1, 9, 6, 3, 1)]
+    full, lazy = nn.Linear(3, 3), Lazy(3, 3)
+    full.forward = lambda sample, timestep: nn.Linear.forward(full, sample)
+    found = [measure(["flops"], model, model, batches)["flops"] for model in (full, lazy)]
+    assert found == [18.0, 9.0]
+    assert lazy.calls == 4
+    latency(lazy, lazy, batches, rounds=7)
+    assert lazy.calls == 4 + 4 * 2 * (2 + 7)
