@@ -30,11 +30,15 @@ def card(
     *,
     library: str,
     loader: str,
+    component: str | None = None,
     task: str | None = None,
     license: str | None = None,
     dataset: str | None = None,
 ) -> str:
-    """README.md: `recipe` is its text to the letter, `loader` the class of `library` whose from_pretrained takes it."""
+    """README.md: `recipe` is its text to the letter, `loader` the class of `library` whose from_pretrained takes it.
+
+    `component` is the part of a diffusers pipeline that was compressed.
+    """
     task = task or TASKS.get(loader)
     parts = [
         f"---\n{_metadata(report, library, task, license, dataset)}\n---",
@@ -46,7 +50,7 @@ def card(
         _table(MEASURES, report.measure_rows()),
         *[f"* {_plain(line)}" for line in report.remarks()],
         "## Load it",
-        _loading(report.format, library, loader),
+        _loading(report.format, library, loader, component),
         f"Format: **{_plain(report.format)}**, {_plain(report.why_format)}.",
         "## What each step did",
         "Size, FLOPs and error are those of the model after the step; the error is relative to the original's answers.",
@@ -114,7 +118,7 @@ def _verdict(report: Report) -> str:
     return "\n\n".join(lines)
 
 
-def _loading(format: str, library: str, loader: str) -> str:
+def _loading(format: str, library: str, loader: str, component: str | None) -> str:
     call = f'model = {loader}.from_pretrained("{PLACE}"'
     load = f"from {library} import {loader}\n\n{call})"
     if format == "native":
@@ -126,9 +130,25 @@ def _loading(format: str, library: str, loader: str) -> str:
             "With `pip install transformer-compress`:",
             fenced(f"import compress  # teaches {library} to load this\n{load}", "python"),
             "Without it, by the code in this repository:",
-            fenced(f"from {library} import {loader}\n\n{call}, trust_remote_code=True)", "python"),
+            fenced(_untaught(library, loader, component), "python"),
         )
     )
+
+
+def _untaught(library: str, loader: str, component: str | None) -> str:
+    """How to load without compress; in diffusers only AutoModel looks for code, and not in the parts of a pipeline."""
+    if component is None:
+        loader = "AutoModel" if library == "diffusers" else loader
+        return f'from {library} import {loader}\n\nmodel = {loader}.from_pretrained("{PLACE}", trust_remote_code=True)'
+    return f"""import os
+
+from diffusers import AutoModel, {loader}
+from huggingface_hub import snapshot_download
+
+folder = "{PLACE}"
+folder = folder if os.path.isdir(folder) else snapshot_download(folder)
+part = AutoModel.from_pretrained(f"{{folder}}/{component}", trust_remote_code=True)
+model = {loader}.from_pretrained(folder, {component}=part)"""
 
 
 def _table(columns, rows) -> str:

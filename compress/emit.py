@@ -66,7 +66,8 @@ def describe(report: Report, folder: Path, recipe: Recipe, source: Source) -> No
     report.write(folder)
     loader = "DiffusionPipeline" if source.component else auto_class(source.model)
     data = recipe.validate_.data if recipe.validate_ else None
-    text = card(report, recipe.source, library=source.library, loader=loader, license=_license(source), dataset=data)
+    facts = {"library": source.library, "loader": loader, "component": source.component}
+    text = card(report, recipe.source, **facts, license=_license(source), dataset=data)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

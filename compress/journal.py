@@ -63,6 +63,7 @@ class Journal:
             pass
 
     def _clear(self) -> None:
+        (self.folder / RUN).unlink(missing_ok=True)  # first: without it a half-cleared folder holds nothing to go on
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -133,6 +134,7 @@ class Journal:
 
     def discard(self) -> None:
         """Forget the run: it is done, or the recipe must be changed before it can go on."""
+        self._clear()
         shutil.rmtree(self.folder)
 
 

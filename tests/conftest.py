@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
+
 from warm import COMPRESS, HIDDEN, LIBRARIES, Warm  # noqa: E402
 
 
