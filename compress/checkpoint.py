@@ -157,8 +157,7 @@ def _is_decoder(model: nn.Module) -> bool:
 def _save_transformers(model: nn.Module, folder: Path, format: str, steps: list[dict], shard: str) -> None:
     config, quantizer = model.config, getattr(model, "hf_quantizer", None)
     model.hf_quantizer = None  # transformers asks it for leave to save, and ours sends users here
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    record = vars(config).pop("quantization_config", None)
     for name in getattr(config, "sub_configs", {}):  # loading sets it in all parts, saving only in the whole
         if (part := getattr(config, name, None)) is not None:
             part.dtype = model.dtype
@@ -173,6 +172,8 @@ def _save_transformers(model: nn.Module, folder: Path, format: str, steps: list[
             _rename_weights(folder)
     finally:
         model.config, model.hf_quantizer = config, quantizer
+        if record is not None:
+            config.quantization_config = record
     if format == "compress-plan":
         _mark(model, folder, steps)
 

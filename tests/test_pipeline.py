@@ -31,7 +31,7 @@ def pipeline_folder(tmp_path_factory):
     """A whole tiny DiT pipeline; its guidance needs the class 1000."""
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
-    size = LATENT | dict(patch_size=2, out_channels=8, norm_num_groups=1, num_embeds_ada_norm=1000)
+    size = LATENT | {"patch_size": 2, "out_channels": 8, "norm_num_groups": 1, "num_embeds_ada_norm": 1000}
     transformer, _ = denoiser("DiTTransformer2DModel", {}, **size)
     vae = seeded(lambda: AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, latent_channels=4))
     folder = tmp_path_factory.mktemp("pipeline") / "dit"
@@ -191,7 +191,7 @@ def test_a_missed_limit_leaves_nothing_and_force_says_missed(saved, tmp_path, ca
 
     batch, out = batch_of("llama"), tmp_path / "out"
     recipe = {"steps": TWO, "validate": {"kl": 0.0, "size": "1x"}}
-    given = dict(output=out, calibration=[batch], validation=[batch])
+    given = {"output": out, "calibration": [batch], "validation": [batch]}
     with pytest.raises(LimitMissed, match="kl is .*, the limit is 0.0") as missed:
         compress.compress(saved("llama"), recipe, **given)
     assert "size" not in str(missed.value) and list(tmp_path.iterdir()) == []
@@ -213,7 +213,7 @@ MENDABLE = {
     "what cannot be done is refused by name": ({"steps": [HEADS, MERGE]}, "model.layers"),
     "the same modules twice": (
         {"steps": [{"use": "tokens.merge"}, MERGE]},
-        r"steps\.1.*tokens\.merge matched nothing that it would change; refused: vit.layers.0 \(it merges tokens already",
+        r"steps\.1.*tokens\.merge matched nothing .* refused: vit.layers.0 \(it merges tokens already",
     ),
     "data is missing": ({"steps": [{"use": "heads.taylor", "keep": 0.5}]}, "looks at data"),
     "a format that does not fit": ({"steps": [HEADS], "emit": {"format": "compressed-tensors"}}, "fits only"),
