@@ -123,7 +123,7 @@ def block_of(path: str, entries: set[str], mlps: list[MLP]) -> str | None:
         if path in entries:
             chain.append(path)
         path = parent_of(path)
-    whole = [entry for entry in chain if any(True for _ in below(entry, [mlp.path for mlp in mlps]))]
+    whole = [entry for entry in chain if below(entry, [mlp.path for mlp in mlps])]
     return next(iter(whole + chain), None)
 
 

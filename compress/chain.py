@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from compress.structure import Attention
+if TYPE_CHECKING:
+    from compress.structure import Attention
 
 
 def chained(model: nn.Module, attention: Attention) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from compress.chain import chained
 from compress.roles import PER_HEAD, QK_NORM, TABLE, is_linear, is_projection, join, parent_of, width_in, width_out
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ def refusal(attention: Attention, modules: dict[str, nn.Module]) -> str:
         return f"no head count explains the shapes of {', '.join(known.values())}"
     if attention.o is None:
         return f"no output projection of {attention.heads * attention.value_dim} inputs was found"
-    if attention.q and width_out(modules[attention.q]) != attention.heads * attention.head_dim:
-        return f"{attention.q} holds more than the queries (a gate)"
+    for path, width in expected_widths(attention):
+        if width_out(modules[path]) != width:
+            return f"{path} has {width_out(modules[path])} outputs where {attention.heads} heads explain {width}"
     unknown = [path for path in inner_projections(attention.path, modules) if path not in known.values()]
     unknown = [path for path in unknown if not follows_heads(path, modules, attention)]
     if unknown:
@@ -41,9 +43,24 @@ def refusal(attention: Attention, modules: dict[str, nn.Module]) -> str:
     config = getattr(module, "config", None)
     if "alibi" in names and getattr(config, "alibi", True):
         return "its alibi slopes come from outside, one for each head"
-    if "position_bias" in names and not hasattr(module, "has_relative_attention_bias"):
+    if "position_bias" in names and not makes_bias(attention, modules):
         return "its position bias comes from outside, one for each head"
     return ""
+
+
+def expected_widths(attention: Attention) -> Iterator[tuple[str, int]]:
+    """Every separate projection with the output width its heads explain."""
+    keys, values = attention.kv_heads * attention.head_dim, attention.kv_heads * attention.value_dim
+    widths = {"q": attention.heads * attention.head_dim, "k": keys, "v": values}
+    for role, path in attention.projections().items():
+        if role.removeprefix("added.") in widths:
+            yield path, widths[role.removeprefix("added.")]
+
+
+def makes_bias(attention: Attention, modules: dict[str, nn.Module]) -> bool:
+    """Does a layer of this stack make the position bias (T5), or is it a cross attention, which has none?"""
+    members = [modules[path] for path in chained(modules[""], attention)]
+    return any(member.has_relative_attention_bias for member in members) or bool(members and attention.cross)
 
 
 def inner_projections(path: str, modules: dict[str, nn.Module]) -> list[str]:
@@ -57,9 +74,10 @@ def outer_tables(path: str, heads: int, modules: dict[str, nn.Module]) -> Iterat
     while path:
         path = parent_of(path)
         for name, child in modules[path].named_children():
-            for own, table in child.named_parameters(recurse=False):
-                if TABLE.search(f"{name}.{own}") and table.dim() == 2 and table.shape[1] == heads > 1:
-                    yield join(path, name), own
+            is_bias = TABLE.search(name) is not None
+            for own, table in child.named_parameters(prefix=name, recurse=is_bias):
+                if TABLE.search(own) and table.dim() == 2 and table.shape[1] == heads > 1:
+                    yield join(path, parent_of(own)), own.rpartition(".")[2]
 
 
 def follows_heads(path: str, modules: dict[str, nn.Module], attention: Attention) -> bool:

@@ -146,6 +146,7 @@ def solve(module: nn.Module, widths: dict[str, int]) -> tuple[int, int, int, int
 
 
 def solve_separate(widths: dict[str, int], heads: int, dim: int | None) -> tuple[int, int, int, int] | None:
+    """The same for three projections, of which the keys' and values' may hold fewer heads."""
     gated = dim and widths["q"] == 2 * heads * dim and widths["k"] % dim == 0  # the query projection holds a gate too
     if widths["q"] % heads:
         return None
@@ -157,6 +158,7 @@ def solve_separate(widths: dict[str, int], heads: int, dim: int | None) -> tuple
 
 
 def solve_pair(query: int, pair: int, heads: int, groups: int | None) -> tuple[int, int, int, int] | None:
+    """The same for a projection of queries and one of keys and values."""
     dim = query // heads
     groups = groups or (pair // (2 * dim) if dim and pair % (2 * dim) == 0 else heads)
     if query % heads or pair % groups or heads % groups or pair // groups <= dim:
@@ -173,6 +175,7 @@ def solve_latent(module: nn.Module, roles: dict, widths: dict) -> tuple[int, int
 
 
 def solve_fused(width: int, heads: int, groups: int | None, dim: int | None) -> tuple[int, int, int, int] | None:
+    """The same for one projection of all three."""
     for count in (heads, groups, 1):
         size = width // (heads + 2 * count) if count and width % (heads + 2 * count) == 0 else 0
         if size and heads % count == 0 and dim in (None, size):

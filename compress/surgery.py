@@ -167,7 +167,7 @@ def follow_counts(module: nn.Module, attention: Attention, heads: int, groups: i
             setattr(module, name, groups * attention.head_dim)
     if (config := vars(module).get("config")) is not None:
         own = {name: now for name, (was, now) in new.items() if number(config, (name,)) == was}
-        module.config = ConfigView(config, own)
+        module.config = ConfigView(config, own) if own else config
 
 
 def mask_heads(model: nn.Module, attention: Attention, kv_groups: list[int], queries: list[int] | None) -> None:

@@ -280,3 +280,16 @@ def test_a_config_view_shows_later_changes_of_the_shared_config():
     assert model.config.num_attention_heads == 4
     model.config._attn_implementation = "eager"
     assert own._attn_implementation == "eager" and copy.deepcopy(own).num_key_value_heads == 1
+
+
+def test_a_projection_wider_than_its_heads_is_refused():
+    model = nn.ModuleDict({"attn": Plain()})
+    model["attn"].q_proj = nn.Linear(32, 64)  # queries and a gate
+    (attention,) = View(model).attentions()
+    assert attention.heads == 4 and attention.refusal == "attn.q_proj has 64 outputs where 4 heads explain 32"
+
+
+def test_a_position_bias_from_the_stack_is_refused():
+    size = {"num_layers": 1, "num_decoder_layers": 1, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+    encoder = [a for a in View(models.of("udop", "AutoModel", **size)).attentions() if a.path.startswith("encoder")]
+    assert encoder and all("position bias" in attention.refusal for attention in encoder)
