@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+TASK = "lm_eval."  # begins the name of a task of the lm-evaluation-harness
+TASKS = r"lm_eval\.\w[\w./+-]*"
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -33,3 +36,10 @@ METRICS: dict[str, Metric] = {
         Metric("parameters", "parameters", "lower", "number of weights"),
     )
 }
+
+
+def metric(name: str) -> Metric:
+    """The metric of this name; a task of the harness is one by its accuracy."""
+    if name.startswith(TASK):
+        return Metric(name, "", "higher", f"task {name.removeprefix(TASK)} of the lm-evaluation-harness")
+    return METRICS[name]

@@ -21,9 +21,10 @@ from compress.checkpoint import SIDECAR, check_files, load
 from compress.errors import CompressError, LimitMissed
 from compress.example import example
 from compress.flops import memory
+from compress.harness import check_tasks, scores
 from compress.journal import Journal, fingerprint, partial
 from compress.measure import Measure
-from compress.metrics import METRICS
+from compress.metrics import TASK, metric
 from compress.progress import Tracked, say
 from compress.recipe import Data, Emit, Recipe, Validation
 from compress.report import Report
@@ -93,6 +94,7 @@ def compress(
     source = as_source(model, processor, device, dtype)
     if out is not None and source.library == "torch":
         raise CompressError(f"{source.name}: only transformers and diffusers models can be saved; leave output out")
+    check_tasks(recipe.validate_, source.model, source.processor)
     seed_everything(recipe.seed)
     batches = samples(recipe.calibrate, source, calibration, recipe.seed)
     held_out = samples(recipe.validate_, source, validation, None)
@@ -236,17 +238,20 @@ def measures(source: Source, recipe: Recipe, batches: list[dict], folder: Path |
 
     limits = dict(recipe.validate_.limits) if recipe.validate_ else {}
     names = [name for name in dict.fromkeys([*limits, "size", "parameters"]) if name != "latency"]
+    names = [name for name in names if not name.startswith(TASK)]
     original, sampler = source.original(), sampling(source, recipe, batches) if "psnr" in limits else None
     written = source.folder if folder is not None else None  # like is compared with like
     before = measure(names, original, original, batches, folder=written, sampler=sampler)
     after = measure(names, source.model, original, batches, folder=folder, sampler=sampler)
-    found = [Measure(name, before[name], after[name], unit=METRICS[name].unit) for name in names]
+    before |= scores(recipe.validate_, original, source.processor)
+    after |= scores(recipe.validate_, source.model, source.processor)
+    found = [Measure(name, before[name], after[name], unit=metric(name).unit) for name in before]
     if "latency" in limits:
         found.append(speed(source, batches))
     for item in found:
         if limit := limits.get(item.name):
             item.limit = limit.text
-            item.passed = within(METRICS[item.name].better, item.after, limit.bound(item.before))
+            item.passed = within(metric(item.name).better, item.after, limit.bound(item.before))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from pydantic import BaseModel, Field
 
 from compress.check import check, fields, unknown
 from compress.errors import CompressError, did_you_mean, one_of
-from compress.marks import Page, Writer, show
-from compress.metrics import METRICS
+from compress.marks import Page, Writer, show, word
+from compress.metrics import METRICS, TASK, TASKS
 from compress.sections import LIMIT, Data, Emit, Limit, Section, Step, Validation
 from compress.transform import FAMILIES, card, find, names
 
@@ -140,8 +141,8 @@ def _validation(page: Page, data: Any, path: tuple) -> Validation | None:
     if not metrics:
         page.refuse(path, f"validate: no metric is named, it must be at least one (metrics: {one_of(METRICS)})")
     for key, value in metrics.items():
-        if key not in METRICS:
-            unknown(page, (*path, key), "validate", [*METRICS, *fields(Data)])
+        if key not in METRICS and not re.fullmatch(TASKS, key):
+            _no_metric(page, (*path, key))
             continue
         try:
             limits[key] = Limit.read(value)
@@ -149,6 +150,15 @@ def _validation(page: Page, data: Any, path: tuple) -> Validation | None:
             page.refuse((*path, key), f"validate: {key} is {show(value)}, {error}")
     checked = check(page, Validation, samples, path, "validate")
     return checked and checked.model_copy(update={"limits": limits})
+
+
+def _no_metric(page: Page, path: tuple) -> None:
+    """Refuse the last key of `path`, which names no metric."""
+    if path[-1].startswith(TASK):
+        wanted = "it must be like lm_eval.piqa or lm_eval.tasks/mine.yaml"
+        page.refuse(path, f"validate: {word(path[-1])} names no task, {wanted}", page.keys[path])
+    else:
+        unknown(page, path, "validate", [*METRICS, f"{TASK}<task>", *fields(Data)])
 
 
 def schema() -> dict[str, Any]:
@@ -171,6 +181,8 @@ def schema() -> dict[str, Any]:
     }
     validation = part(Validation, **metrics)
     del validation["properties"]["limits"]
+    task = "a task of the lm-evaluation-harness by name or YAML file; higher is better"
+    validation["patternProperties"] = {f"^{TASKS}$": {**limit, "description": task}}
     steps = {"type": "array", "minItems": 1, "items": {"oneOf": [step(name) for name in names()]}}
     head = part(Head)
     head["properties"] |= {"calibrate": part(Data), "steps": steps, "validate": validation, "emit": part(Emit)}
