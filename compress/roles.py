@@ -11,7 +11,8 @@ BEFORE = r"(?:to_|w_?|linear_|attn_|attention_|in_proj_|proj_|self_|fc_)?"
 AFTER = r"(?:_proj|_lin|_linear|_layer|_attn|_projection|_head|_proj_layer|_weights|_b_proj)?"
 OUTPUTS = (
     "o|out|wo|o_proj|out_proj|output|output_proj|out_lin|c_proj|proj|projection|dense|o_attn|out_projection|"
-    "output_dense|attn_out|final_proj|fc|out_layer|linear_out|resid_proj|proj_out|output_linear|to_out|post|post_proj|projection_layer"
+    "output_dense|attn_out|final_proj|fc|out_layer|linear_out|resid_proj|proj_out|output_linear|to_out|post|"
+    "post_proj|projection_layer"
 )
 ROLES = {
     "q": re.compile(rf"{BEFORE}(q|query|queries|query_states|q_b|qs){AFTER}", re.I),
