@@ -146,9 +146,10 @@ def _loading(folder: Path) -> Iterator[None]:
 def _dtype(dtype: str | None):
     if dtype in (None, "auto"):
         return "auto"
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CompressError(f"--dtype is {dtype}, it must be float32, bfloat16, float16 or auto")
-    return getattr(torch, dtype)
+    return found
 
 
 def _transformers(folder: Path, config: dict, dtype: str | None, meta: bool) -> nn.Module:

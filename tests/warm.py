@@ -89,7 +89,7 @@ class Warm:
 
     def verify(self, command: list[str], **_) -> subprocess.CompletedProcess:
         """In the place of subprocess.run for `python -m compress.verification FOLDER`."""
-        child = self.start("verification()", command[-1])
+        child = self.start("verification()", Path(command[-1]).resolve())
         code = self.wait(child)
         return subprocess.CompletedProcess(command, code, child.said, child.said)
 
