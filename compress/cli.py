@@ -58,12 +58,12 @@ def run(model, recipe, output, only_plan, repo, private, device, dtype, form, fo
     """Compress MODEL by RECIPE (the command's name may be left out)."""
     from compress.pipeline import compress, plan
 
-    hush()
     if only_plan:
         from compress.tables import print_plan
 
         print_plan(plan(model, recipe, dtype=dtype), console())
         return
+    hush()
     output = output or Path(f"{(Path(model).resolve() if Path(model).is_dir() else Path(model)).name}-{recipe.stem}")
     result = compress(model, recipe, output=output, device=device, dtype=dtype, format=form, force=force)
     result.report.table(console(), result.folder)

@@ -51,10 +51,11 @@ class View:
 
     def module(self, path: str) -> nn.Module:
         """The module at this path."""
-        modules = dict(self.model.named_modules())
-        if path not in modules:
-            raise CompressError(f"{path}: no module of this model{did_you_mean(path, modules)}")
-        return modules[path]
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            near = did_you_mean(path, dict(self.model.named_modules()))
+            raise CompressError(f"{path}: no module of this model{near}") from None
 
     def attention(self, path: str) -> Attention:
         """The attention at this path."""
