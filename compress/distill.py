@@ -17,30 +17,43 @@ class Call(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
     target: Tensor
+    around: Any  # what else the answer depends on, in the caller's own terms
 
 
-def record_calls(model: nn.Module, module: nn.Module, batches: list[dict]) -> list[Call]:
-    """All calls of one module; caches are left out, since a second call would write into them again."""
-    calls: list[Call] = []
+def record_calls(
+    model: nn.Module, modules: dict[str, nn.Module], batches: list[dict], around: Callable = lambda: None
+) -> dict[str, list[Call]]:
+    """All calls of these modules, in one pass over the batches; `around()` is asked at each call.
 
-    def plain(value):
-        if isinstance(value, Tensor):
-            return value.detach().clone()
-        if isinstance(value, tuple | list):
-            return type(value)(plain(part) for part in value)
-        return value if isinstance(value, bool | int | float | str) else None
+    Caches are left out, since a second call would write into them again.
+    """
+    calls: dict[str, list[Call]] = {path: [] for path in modules}
 
-    def keep(module, args, kwargs, output):
-        calls.append(Call(plain(args), {name: plain(value) for name, value in kwargs.items()}, plain(answer(output))))
+    def keep(path: str) -> Callable:
+        def hook(module, args, kwargs, output):
+            named = {name: plain(value) for name, value in kwargs.items()}
+            calls[path].append(Call(plain(args), named, plain(answer(output)), around()))
 
-    handle = module.register_forward_hook(keep, with_kwargs=True)
+        return hook
+
+    hooks = [module.register_forward_hook(keep(path), with_kwargs=True) for path, module in modules.items()]
     try:
         for batch in batches:
             with torch.no_grad():
                 model(**inputs(batch))
     finally:
-        handle.remove()
+        for hook in hooks:
+            hook.remove()
     return calls
+
+
+def plain(value: Any) -> Any:
+    """A copy of tensors and numbers; None for anything else."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple | list):
+        return type(value)(plain(part) for part in value)
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def error(student: nn.Module, call: Call) -> Tensor:
@@ -54,17 +67,17 @@ def fit(
 ) -> list[float]:
     """Train these weights of the student by Adam; the mean error before and after. What did not get better is undone.
 
-    `prepare(number)` is run before call `number`. The learning rate is a hundredth of each weight's own size and falls
+    `prepare(call.around)` is run before each call. The learning rate is a hundredth of each weight's own size and falls
     to zero, so that models of any scale move alike.
     """
 
-    def loss(number: int) -> Tensor:
-        prepare(number)
-        return error(student, calls[number])
+    def loss(call: Call) -> Tensor:
+        prepare(call.around)
+        return error(student, call)
 
     def mean_error() -> float:
         with torch.no_grad():
-            return torch.stack([loss(number) for number in range(len(calls))]).mean().item()
+            return torch.stack([loss(call) for call in calls]).mean().item()
 
     before, start = mean_error(), [weight.detach().clone() for weight in weights]
     adam = torch.optim.Adam(
@@ -75,7 +88,7 @@ def fit(
     for _ in range(steps):
         adam.zero_grad()
         with torch.enable_grad():
-            loss(torch.randint(len(calls), (), generator=generator).item()).backward()
+            loss(calls[torch.randint(len(calls), (), generator=generator).item()]).backward()
         adam.step()
         fall.step()
     after = mean_error()

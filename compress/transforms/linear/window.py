@@ -8,7 +8,9 @@ away, a disc as in CLEAR; class, register and text tokens see everything and are
 of each call.
 
 `distill` steps of layer-wise training let the projections of each attention make up for what the window hides: other
-weights, same model. Every layer learns from the model as it was; each costs one pass over the calibration data.
+weights, same model. Every layer learns from the model as it was; the inputs and answers of all of them are held in
+memory meanwhile. (60 steps on 2304 tokens brought SmolLM2-135M at window 64 from perplexity 42.3 to 38.1 on 4096
+others; 23.1 before.)
 
 When it hurts: on a GPU there is no speed-up below 4 to 8 thousand tokens, only loss; a 1024-pixel image of a latent
 model has 4096, and there its text already dominates the cost. On a CPU attention itself gets faster from about 600
@@ -103,7 +105,7 @@ class Window(Transform):
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
         if not self.distill:
             return plan
-        taught = {path: distill(view, path, edit, batches, self.distill) for path, edit in plan.edits.items()}
+        taught = distill(view, plan.edits, batches, self.distill)
         for weights, _ in taught.values():  # only now, so that every layer learned from the model as it was
             for name, weight in weights.items():
                 view.module(name).load_state_dict(weight)
@@ -163,22 +165,26 @@ def text_side(view: View, attentions: list[Attention]) -> str | None:
     return sides.pop()
 
 
-def distill(view: View, path: str, settings: dict, batches: list[dict], steps: int) -> tuple[dict, tuple[float, float]]:
-    """Train a windowed copy towards the answers of the full attention; its projections, the error before and after."""
+def distill(view: View, edits: dict[str, dict], batches: list[dict], steps: int) -> dict[str, tuple[dict, tuple]]:
+    """By path: the projections of a windowed copy trained towards the full attention, and the error before and after."""
     from compress.distill import fit, record_calls
 
-    module, attention = view.module(path), view.attention(path)
-    size, sizes = ImageSize(), []
-    hooks = [*watch(view, [path], size), module.register_forward_pre_hook(lambda *_: sizes.append(vars(size).copy()))]
+    size = ImageSize()
+    hooks = watch(view, list(edits), size)
     try:
-        calls = record_calls(view.model, module, batches)
+        calls = record_calls(
+            view.model, {path: view.module(path) for path in edits}, batches, lambda: vars(size).copy()
+        )
     finally:
         for hook in hooks:
             hook.remove()
-    student = deepcopy(module).requires_grad_(False)
-    attend_module(student, view.library, core_of(path, settings, size))
-    inside = [p for p in attention.projections().values() if p.startswith(path + ".")]
-    trained = {p: student.get_submodule(p[len(path) + 1 :]) for p in inside}
-    weights = [weight.requires_grad_() for projection in trained.values() for weight in projection.parameters()]
-    errors = fit(student, weights, calls, lambda number: vars(size).update(sizes[number]), steps)
-    return {p: projection.state_dict() for p, projection in trained.items()}, errors
+    taught = {}
+    for path, settings in edits.items():
+        student = deepcopy(view.module(path)).requires_grad_(False)
+        attend_module(student, view.library, core_of(path, settings, size))
+        inside = [p for p in view.attention(path).projections().values() if p.startswith(path + ".")]
+        trained = {p: student.get_submodule(p[len(path) + 1 :]) for p in inside}
+        weights = [weight.requires_grad_() for projection in trained.values() for weight in projection.parameters()]
+        errors = fit(student, weights, calls.pop(path), vars(size).update, steps)
+        taught[path] = {p: projection.state_dict() for p, projection in trained.items()}, errors
+    return taught
