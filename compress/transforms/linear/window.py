@@ -166,7 +166,7 @@ def text_side(view: View, attentions: list[Attention]) -> str | None:
 
 
 def distill(view: View, edits: dict[str, dict], batches: list[dict], steps: int) -> dict[str, tuple[dict, tuple]]:
-    """By path: the projections of a windowed copy trained towards the full attention, and the error before and after."""
+    """By path: projections of a windowed copy trained towards the full attention, and the error before and after."""
     from compress.distill import fit, record_calls
 
     size = ImageSize()
