@@ -32,6 +32,8 @@ class PlanQuantizer(HfQuantizer):
             config.transformers_weights = self.quantization_config.weights
         return config
 
+    update_tp_plan = update_attn_implementation  # the last hook that sees the config in releases without the other one
+
     def _process_model_before_weight_loading(self, model, **kwargs):
         replay(model, self.quantization_config.steps, self.quantization_config.format)
         return model
