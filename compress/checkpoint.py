@@ -17,7 +17,11 @@ from torch import nn
 
 from compress.align import align_file
 from compress.bundle import bundle
+from compress.compressed_tensors import packable, write
 from compress.errors import CompressError
+from compress.nn.int8_embedding import Int8Embedding
+from compress.nn.int8_linear import Int8Linear
+from compress.nn.weight_only_linear import WeightOnlyLinear
 from compress.replay import FORMAT, keeps_disk_names
 from compress.view import View
 
@@ -29,23 +33,20 @@ def choose_format(model: nn.Module, library: str, steps: list[dict], wanted: str
     """The format and why it was taken; CompressError when the user's wish cannot hold this model."""
     fits = {"compress-plan": "the structure is not an ordinary config of this model"}
     families = {step["use"].split(".")[0] for step in steps}
-    if library == "transformers" and families <= {"heads"} and native_config(model) is not None:
+    ordinary = library == "transformers" and families <= {"heads", "quantize"} and native_config(model) is not None
+    if ordinary and families == {"heads"}:
         fits["native"] = "the result is an ordinary config of this model"
-    only_weights = {step["use"] for step in steps} <= {"quantize.int8", "quantize.weight_only"}
-    if library == "transformers" and only_weights:
-        if _is_decoder(model):
-            fits["compressed-tensors"] = "only weights were quantized, so vLLM and transformers can read it"
-        else:
+    if ordinary and "quantize" in families and packable(model):
+        fits["compressed-tensors"] = "beyond an ordinary config only weights were quantized, which vLLM reads too"
+        if not _is_decoder(model):
             fits["compress-plan"] = "only compress has fast kernels for this kind of model"
-            fits["compressed-tensors"] = "you asked for it"
     if wanted != "auto":
         if wanted not in fits:
             raise CompressError(f"--format is {wanted}, this result fits only {', '.join(fits)}")
         return wanted, "you asked for it"
-    for name in ("native", "compressed-tensors", "compress-plan"):
-        if name in fits and (name != "compressed-tensors" or _is_decoder(model)):
-            return name, fits[name]
-    raise AssertionError("compress-plan always fits")
+    prefer = ["native", "compressed-tensors", "compress-plan"] if _is_decoder(model) else ["native", "compress-plan"]
+    chosen = next(name for name in prefer if name in fits)
+    return chosen, fits[chosen]
 
 
 def save(model: nn.Module, folder: Path, format: str, steps: list[dict], *, shard: str = "5GB", pipeline=None) -> None:
@@ -112,29 +113,39 @@ def load(folder: str | Path, **options):
         from compress.hf_transformers import PlanConfig
 
         config = transformers.AutoConfig.from_pretrained(folder)
-        config.quantization_config = PlanConfig(steps=facts["steps"]).to_dict()
+        config.quantization_config = PlanConfig(steps=quantize_steps(facts["steps"])).to_dict()
         options["config"] = config
     return cls.from_pretrained(folder, **({"dtype": "auto"} | options))
 
 
 def native_config(model: nn.Module):
-    """A config of this model's own class that gives exactly these shapes, or None."""
+    """A config of this model's own class that gives exactly these shapes (before quantization), or None."""
     config = copy.deepcopy(model.config)
     attentions = View(model).attentions()
     shapes = {(attention.heads, attention.kv_heads, attention.head_dim) for attention in attentions}
-    if len(shapes) != 1 or not hasattr(config, "head_dim"):
-        return None
-    heads, kv_heads, head_dim = shapes.pop()
-    config.num_attention_heads, config.head_dim = heads, head_dim
-    if hasattr(config, "num_key_value_heads"):
-        config.num_key_value_heads = kv_heads
+    if len(shapes) == 1 and hasattr(config, "head_dim"):
+        config.num_attention_heads, kv_heads, config.head_dim = shapes.pop()
+        if hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = kv_heads
     try:
         with torch.device("meta"):
             empty = type(model)._from_config(config)
     except (ValueError, TypeError):
         return None
-    same = {name: tensor.shape for name, tensor in empty.state_dict().items()}
-    return config if same == {name: tensor.shape for name, tensor in model.state_dict().items()} else None
+    return config if _dense_shapes(empty) == _dense_shapes(model) else None
+
+
+def _dense_shapes(model: nn.Module) -> dict[str, tuple]:
+    """The shapes of all tensors as they would be without quantization."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for path, module in model.named_modules():
+        if isinstance(module, (Int8Linear, WeightOnlyLinear, Int8Embedding)):
+            for name in module.state_dict():
+                if name != "bias":
+                    del shapes[f"{path}.{name}"]
+            sizes = (module.out_features, module.in_features) if hasattr(module, "in_features") else module.weight.shape
+            shapes[f"{path}.weight"] = tuple(sizes)
+    return shapes
 
 
 def sha256(path: Path) -> str:
@@ -161,40 +172,51 @@ def _save_transformers(model: nn.Module, folder: Path, format: str, steps: list[
     for name in getattr(config, "sub_configs", {}):  # loading sets it in all parts, saving only in the whole
         if (part := getattr(config, name, None)) is not None:
             part.dtype = model.dtype
+    ordinary = config if format == "compress-plan" else native_config(model)
+    written = False
     try:
+        model.config = ordinary
         if format == "native":
-            model.config = native_config(model)
             model.save_pretrained(folder, max_shard_size=shard)
         elif format == "compressed-tensors":
             _save_compressed_tensors(model, folder, shard)
         else:
             model.save_pretrained(folder, max_shard_size=shard, save_original_format=keeps_disk_names(model))
             _rename_weights(folder)
+        written = True
     finally:
-        model.config, model.hf_quantizer = config, quantizer
-        if record is not None:
-            config.quantization_config = record
-    if format == "compress-plan":
-        _mark(model, folder, steps)
+        if not written:  # whatever stopped it, the user's model stays as it was
+            model.config, model.hf_quantizer = config, quantizer
+            if record is not None:
+                config.quantization_config = record
+    if format != "native":
+        _mark(model, folder, format, steps)
 
 
-def _mark(model: nn.Module, folder: Path, steps: list[dict]) -> None:
-    """Put the record, the loading code and its entry points beside the weights, and into the model in memory."""
+def _mark(model: nn.Module, folder: Path, format: str, steps: list[dict]) -> None:
+    """Put the record into the model in memory, and for a plan, with the loading code, beside the weights."""
     from compress.hf_transformers import PlanConfig, PlanQuantizer
 
-    index = WEIGHTS + ".index.json"
-    weights = index if (folder / index).exists() else WEIGHTS
-    plan = PlanConfig(steps=steps, weights=weights)
-    classes = _auto_classes(model)
-    for name, text in bundle("transformers", classes, [step["use"] for step in steps]).items():
-        (folder / name).write_text(text)
-    saved = json.loads((folder / "config.json").read_text())
-    saved["quantization_config"] = plan.to_dict()
-    saved["auto_map"] = {name: f"modeling_compress.{name}" for name in classes}
-    (folder / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+    if format == "compressed-tensors":
+        plan = PlanConfig(steps=quantize_steps(steps))
+    else:
+        index = WEIGHTS + ".index.json"
+        plan = PlanConfig(steps=steps, weights=index if (folder / index).exists() else WEIGHTS)
+        classes = _auto_classes(model)
+        for name, text in bundle("transformers", classes, [step["use"] for step in steps]).items():
+            (folder / name).write_text(text)
+        saved = json.loads((folder / "config.json").read_text())
+        saved["quantization_config"] = plan.to_dict()
+        saved["auto_map"] = {name: f"modeling_compress.{name}" for name in classes}
+        (folder / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
     model.config.quantization_config = plan
     model.hf_quantizer = PlanQuantizer(plan, pre_quantized=True)
     model.is_quantized = True
+
+
+def quantize_steps(steps: list[dict]) -> list[dict]:
+    """The steps that a compressed-tensors checkpoint replays: what the others did stands in its config."""
+    return [step for step in steps if step["use"].startswith("quantize.")]
 
 
 def _auto_classes(model: nn.Module) -> list[str]:
@@ -234,8 +256,6 @@ def _rename_weights(folder: Path) -> None:
 
 def _save_compressed_tensors(model: nn.Module, folder: Path, shard: str) -> None:
     from huggingface_hub import save_torch_state_dict
-
-    from compress.compressed_tensors import write
 
     tensors, quantization = write(model)
     save_torch_state_dict(tensors, folder, max_shard_size=shard, metadata={"format": "pt"})

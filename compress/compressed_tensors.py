@@ -44,6 +44,14 @@ def write(model: nn.Module) -> tuple[dict[str, Tensor], dict]:
     }
 
 
+def packable(model: nn.Module) -> bool:
+    """Can the format hold this model?"""
+    try:
+        return bool(quantized(model))
+    except CompressError:
+        return False
+
+
 def quantized(model: nn.Module) -> dict[tuple, list[str]]:
     """(bits, group, are activations quantized) -> layers; CompressError for what the format cannot hold."""
     kinds = defaultdict(list)

@@ -36,14 +36,17 @@ def replay(model: nn.Module, steps: list[dict], version: int = FORMAT) -> None:
 
 def on_disk(model: nn.Module, name: str) -> str:
     """The name under which the model's library saves a tensor."""
-    for renaming in reversed(_renamings(model, saving=True)):
-        name, _ = renaming.reverse_transform().rename_source_key(name)
+    if keeps_disk_names(model):
+        for renaming in reversed(_renamings(model, saving=True)):
+            name, _ = renaming.reverse_transform().rename_source_key(name)
     return name
 
 
 def keeps_disk_names(model: nn.Module) -> bool:
     """Can the library save under the old names, or would it have to split or join tensors that we changed?"""
-    return all(hasattr(conversion, "rename_source_key") and not hasattr(conversion, "operations") for conversion in _all(model))
+    reversed_splits = [change.reverse_transform() for change in _conversions(model) if hasattr(change, "operations")]
+    names = [name for name, _ in model.named_parameters()] if reversed_splits else []
+    return not any(change.rename_source_key(name)[1] for change in reversed_splits for name in names)
 
 
 def _anchor(model: nn.Module, path: str) -> dict:
@@ -67,8 +70,8 @@ def _path(model: nn.Module, entry: dict) -> str | None:
     return None
 
 
-def _all(model: nn.Module) -> list:
-    """The library's conversions between disk and memory, in the order of loading."""
+def _conversions(model: nn.Module) -> list:
+    """The library's changes of names and tensors between disk and memory, in the order of loading."""
     known = getattr(model, "_weight_conversions", None)
     if known is not None or not hasattr(getattr(model, "config", None), "model_type"):
         return known or []
@@ -78,10 +81,9 @@ def _all(model: nn.Module) -> list:
 
 
 def _renamings(model: nn.Module, saving: bool) -> list:
-    if not keeps_disk_names(model):
-        return []
+    """Those of the changes that only rename."""
     from_scratch = getattr(model, "_weight_conversions", None) is None
-    conversions = _all(model)
+    renamings = [change for change in _conversions(model) if not hasattr(change, "operations")]
     if saving and from_scratch:  # like transformers' own saving, which cannot know whether the prefix was there
-        conversions = [conversion for conversion in conversions if not hasattr(conversion, "prefix_to_add")]
-    return conversions
+        renamings = [renaming for renaming in renamings if not hasattr(renaming, "prefix_to_add")]
+    return renamings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -19,8 +20,11 @@ from compress.progress import say
 from compress.recipe import Recipe, Step
 from compress.replay import record, replay
 from compress.source import Source
-from compress.transform import Plan
+from compress.transform import Plan, Transform
 from compress.view import View
+
+# How far removing a part may be from masking it: rounding, summed over the layers of a deep model.
+EXACT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def run_steps(
@@ -43,7 +47,7 @@ def run_steps(
             continue
         say(f"step {number + 1} of {len(recipe.steps)}: {step.use}")
         seed_everything(recipe.seed + number)
-        row = run_step(source.model, step, batches, rows)
+        row = run_step(source.model, step, batches, rows, probe)
         row["ledger"] |= standing(source.model, probe, reference)
         rows.append(row)
         if journal:
@@ -51,8 +55,8 @@ def run_steps(
     return rows
 
 
-def run_step(model: nn.Module, step: Step, batches: list[dict], before: list[dict]) -> dict:
-    """One step on the model; a step that changes nothing is an error."""
+def run_step(model: nn.Module, step: Step, batches: list[dict], before: list[dict], probe: dict) -> dict:
+    """One step on the model; a step that changes nothing is an error, and so is surgery that is not exact."""
     started = time.monotonic()
     plan = planned(model, step, before)
     if step.method.needs_data:
@@ -62,7 +66,10 @@ def run_step(model: nn.Module, step: Step, batches: list[dict], before: list[dic
         if not plan.edits:
             raise CompressError(f"{step.where}: {step.use} changed nothing on this data")
     kept = record(model, step.use, plan)
+    masked = answer_when_masked(model, step.method, plan, probe)
     step.method.apply(View(model), plan)
+    if masked is not None:
+        check_exact(model, step, plan, probe, masked)
     ledger = {
         "use": step.use,
         "options": step.method.model_dump(mode="json", by_alias=True, exclude_defaults=True),
@@ -71,6 +78,31 @@ def run_step(model: nn.Module, step: Step, batches: list[dict], before: list[dic
         "seconds": time.monotonic() - started,
     }
     return {"record": kept, "ledger": ledger}
+
+
+@torch.no_grad()
+def answer_when_masked(model: nn.Module, method: Transform, plan: Plan, probe: dict) -> Tensor | None:
+    """What the model answers when that which is to go is masked instead; the model is left as it was."""
+    before = dict(model.named_parameters())  # masking puts other tensors in their place
+    answered = run(model, probe) if method.mask(View(model), plan) else None
+    for name, parameter in before.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, parameter)
+    return answered
+
+
+@torch.no_grad()
+def check_exact(model: nn.Module, step: Step, plan: Plan, probe: dict, masked: Tensor) -> None:
+    """Refuse a step after which the model does not answer as it did with the same parts masked."""
+    try:
+        error = relative_error(run(model, probe), masked)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # the forward cannot work with what is left
+        error = math.inf
+    if not error <= EXACT[masked.dtype]:
+        raise CompressError(
+            f"{step.where}: {step.use} is not exact on this model: removing and masking differ by {error:.2g}, at most "
+            f"{EXACT[masked.dtype]:g} is rounding; leave out the culprit among {one_of(plan.edits, 6)} with except"
+        )
 
 
 def planned(model: nn.Module, step: Step, before: list[dict]) -> Plan:

@@ -61,6 +61,13 @@ class Transform(BaseModel):
         """Change the module tree. It only reads `plan`, never the options: loading a checkpoint replays it on meta."""
         raise NotImplementedError
 
+    def mask(self, view: View, plan: Plan) -> bool:
+        """Make the output independent of what `apply` will remove, in the same shapes; False where that means nothing.
+
+        The pipeline holds `apply` against it, so that surgery which is not exact is refused.
+        """
+        return False
+
     def takes(self, path: str) -> bool:
         """Do `only` and `except` let this module through? A glob also takes everything below the module it names."""
 

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 import compress
+import compress.steps
 from compress import CompressError, LimitMissed
 from compress.checkpoint import check_files
 from compress.journal import Journal
 from compress.outputs import run
+from compress.view import View
 from models import LATENT, MODELS, denoiser, seeded
 
 TWO = [{"use": "heads.taylor", "keep": 0.5}, {"use": "quantize.int8"}]
@@ -115,7 +117,7 @@ def test_a_model_object_in_memory_only_and_saved_later(tmp_path):
     size = result.report.measure("size")
     assert size.before == sum(tensor.nbytes for tensor in before.parameters()) and size.after < size.before
     assert result.save(tmp_path / "deep" / "one") == result.folder == tmp_path / "deep" / "one"
-    assert result.report.verified["bit_equal"] and result.report.format == "compress-plan"
+    assert result.report.verified["bit_equal"] and result.report.format == "compressed-tensors"
     with torch.no_grad():
         assert torch.equal(run(compress.load(result.folder), batch), run(model, batch))
     with pytest.raises(CompressError, match="exists already"):
@@ -142,6 +144,23 @@ def test_two_runs_and_two_processes_give_the_same_bytes(saved, tmp_path, warm):
     warm.run(code, saved("llama"), json.dumps(recipe), tmp_path / "three")
     files = [check_files(tmp_path / out)["files"] for out in ("one", "two", "three")]
     assert files[0] == files[1] == files[2] and files[0]
+
+
+def test_a_steps_random_numbers_do_not_depend_on_the_steps_before(monkeypatch):
+    """Else a run that goes on after a kill would draw others."""
+    drawn, extra, run_step = [], [], compress.steps.run_step
+
+    def noted(*arguments):
+        drawn.append(torch.rand(1).item())
+        torch.rand(len(extra))
+        return run_step(*arguments)
+
+    monkeypatch.setattr("compress.steps.run_step", noted)
+    for seed in (1, 1, 7):
+        compress.compress(MODELS["llama"]()[0], {"seed": seed, "steps": [HEADS, TWO[1]]})
+        extra.append(1)
+    first, second, other = drawn[:2], drawn[2:4], drawn[4:]
+    assert first == second and first[0] != first[1] and other != first
 
 
 def test_the_same_command_again_gives_the_same_result_at_once(saved, tmp_path):
@@ -297,3 +316,20 @@ def test_the_public_names_stay_what_they_are_after_a_run(saved, tmp_path):
     for name in compress.__all__:
         assert callable(getattr(compress, name)) or name == "__version__"
     assert compress.verify(tmp_path / "out")["bit_equal"]
+
+
+def test_surgery_that_is_not_exact_is_refused(monkeypatch):
+    """The pipeline holds removing against masking, whatever the detector believed."""
+    model, batch = MODELS["vit"]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrong = View.keep_heads
+
+    def keep_others(view, attention, groups, queries=None):
+        wrong(view, attention, [group for group in range(attention.kv_heads) if group not in groups], queries)
+
+    recipe = {"steps": [{"use": "heads.magnitude", "keep": 0.5, "layout": "uniform"}]}
+    assert compress.compress(copy.deepcopy(model), recipe, validation=[batch]).steps
+    monkeypatch.setattr(View, "keep_heads", keep_others)
+    with pytest.raises(CompressError, match="not exact .* with except"):
+        compress.compress(copy.deepcopy(model), recipe, validation=[batch])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

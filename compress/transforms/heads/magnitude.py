@@ -45,6 +45,11 @@ class Magnitude(Transform):
         notes["importance"] = {path: score.mean().item() for path, score in scores.items()}
         return Plan(edits(taken, choose(relative, self.keep, self.layout), self.unit), notes=notes)
 
+    def mask(self, view: View, plan: Plan) -> bool:
+        for path, settings in plan.edits.items():
+            view.mask_heads(view.attention(path), settings["groups"], settings["queries"])
+        return True
+
     def apply(self, view: View, plan: Plan) -> None:
         for path, settings in plan.edits.items():
             view.keep_heads(view.attention(path), settings["groups"], settings["queries"])

@@ -55,6 +55,11 @@ class Taylor(Transform):
         notes = plan.notes | {"importance": {path: score.sum().item() for path, score in scores.items()}}
         return Plan(edits(taken, kept, self.unit), notes=notes)
 
+    def mask(self, view: View, plan: Plan) -> bool:
+        for path, settings in plan.edits.items():
+            view.mask_heads(view.attention(path), settings["groups"], settings["queries"])
+        return True
+
     def apply(self, view: View, plan: Plan) -> None:
         for path, settings in plan.edits.items():
             view.keep_heads(view.attention(path), settings["groups"], settings["queries"])
