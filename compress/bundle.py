@@ -1,7 +1,7 @@
 """The code that a checkpoint carries so that `trust_remote_code=True` loads it where compress is not installed.
 
-`modeling_compress.py` and one file for each of our modules that loading needs, with their imports made relative. The class in it
-registers the quantizer and hands over to the library's own class, so nothing about the loaded model is custom.
+`modeling_compress.py` and one file for each of our modules that loading needs, with their imports made relative. The
+class in it registers the quantizer and hands over to the library's own class: nothing about the model is custom.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from compress.transform import find
 _IMPORT = re.compile(r"^(\s*)from (compress(?:_kernels)?(?:\.\w+)*) import (\(?.*)$")
 _LIBRARY_IMPORT = re.compile(r"^(\s+)from ((?:diffusers|transformers|triton)[\w.]*) import (\w+)$")
 
-HEAD = '''"""Loads this checkpoint without the package transformer-compress: from_pretrained(..., trust_remote_code=True)."""
+HEAD = '''"""Loads this checkpoint where compress is not installed: from_pretrained(..., trust_remote_code=True)."""
 
 '''
 

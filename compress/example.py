@@ -1,4 +1,4 @@
-"""A minimal input for a model, from its config and its forward's signature: for planning on meta and for the reload probe."""
+"""A minimal input for a model from its config and its forward's signature: for planning on meta and for probes."""
 
 from __future__ import annotations
 

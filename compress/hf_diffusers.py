@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -10,7 +10,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from compress.replay import FORMAT, replay
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """diffusers reads `.value` of a quantization method."""
 
     PLAN = "compress-plan"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from compress.errors import CompressError
 from compress.roles import width_in, width_out
 
 MOVES = (
@@ -16,7 +17,7 @@ MOVES = (
     "broadcast_to", "repeat_interleave", "to", "float", "half", "clone",
 )  # fmt: skip
 # The forward runs without most of its arguments, so it stops somewhere; what it did before that is the answer.
-OBSTACLES = (TypeError, AttributeError, RuntimeError, ValueError, IndexError, KeyError, AssertionError)
+OBSTACLES = (TypeError, AttributeError, RuntimeError, ValueError, IndexError, KeyError, AssertionError, CompressError)
 OTHER_SEQUENCE = ("encoder_hidden_states", "key_value_states")
 
 

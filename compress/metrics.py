@@ -29,10 +29,10 @@ METRICS: dict[str, Metric] = {
         Metric("cosine", "", "higher", "mean cosine between our embeddings and the original's"),
         Metric("relative_error", "", "lower", "norm of the change of the output over the norm of the output"),
         Metric("psnr", "dB", "higher", "peak signal-to-noise ratio of final latents or images to the original's"),
-        Metric("latency", "ms", "lower", "median time of one warm forward pass (the mean over a sampling for a denoiser)"),
+        Metric("latency", "ms", "lower", "median time of a warm forward pass (of a denoiser: mean over a sampling)"),
         Metric("size", "bytes", "lower", "bytes of the weight files"),
         Metric("memory", "bytes", "lower", "weights and the most that one forward pass holds beside them"),
-        Metric("flops", "FLOPs", "lower", "floating point operations of one forward pass (the mean over a sampling for a denoiser)"),
+        Metric("flops", "FLOPs", "lower", "operations of a forward pass (of a denoiser: mean over a sampling)"),
         Metric("parameters", "parameters", "lower", "number of weights"),
     )
 }

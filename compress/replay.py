@@ -1,8 +1,8 @@
 """A plan as it is kept in a checkpoint, and its replay on an empty model before the weights are loaded.
 
 Plans are keyed by on-disk tensor names: libraries rename their modules from version to version, but have to go on
-reading old tensor names. An edit of a module is anchored at its first parameter: the tensor's name on disk and how many name
-parts lie between that parameter and the module.
+reading old tensor names. An edit of a module is anchored at its first parameter: the tensor's name on disk and how
+many name parts lie between that parameter and the module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def record(model: nn.Module, use: str, plan: Plan) -> dict:
 def replay(model: nn.Module, steps: list[dict], version: int = FORMAT) -> None:
     """Apply recorded steps to a freshly built model, usually on the meta device."""
     if version > FORMAT:
-        raise CompressError(f"the checkpoint has record format {version}, this compress reads up to {FORMAT}: upgrade it")
+        raise CompressError(f"the checkpoint has record format {version}, this compress reads up to {FORMAT}: upgrade")
     for step in steps:
         plan = Plan({path: entry["edit"] for entry in step["edits"] if (path := _path(model, entry)) is not None})
         if step["edits"] and not plan.edits:

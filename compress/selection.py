@@ -13,7 +13,7 @@ from compress.view import Attention, View
 
 
 def prunable(view: View, method: Transform) -> tuple[dict[str, Attention], dict[str, str]]:
-    """The attentions that lose heads exactly, and why the others do not; one named by `only` must be among the first."""
+    """The attentions that can lose heads, and why the others cannot; one named by `only` must be able to."""
     taken, refused = {}, {}
     for attention in view.attentions():
         if not method.takes(attention.path):
@@ -56,7 +56,8 @@ def choose(scores: Mapping[str, Tensor], keep: float, layout: str) -> dict[str, 
         return {path: _best(score, max(1, round(keep * len(score)))) for path, score in scores.items()}
     total = max(len(scores), round(keep * sum(len(score) for score in scores.values())))
     kept = {path: {int(score.argmax())} for path, score in scores.items()}
-    rest = [(-float(value), place, unit) for place, score in enumerate(scores.values()) for unit, value in enumerate(score)]
+    ranked = enumerate(scores.values())
+    rest = [(-float(value), place, unit) for place, score in ranked for unit, value in enumerate(score)]
     paths = list(scores)
     for _, place, unit in sorted(rest):
         if sum(map(len, kept.values())) >= total:
@@ -86,6 +87,6 @@ def edits(attentions: Mapping[str, Attention], kept: Mapping[str, list[int]], un
 
 
 def placeholder(attentions: Mapping[str, Attention], unit: str) -> dict[str, Tensor]:
-    """Scores before any is known: they fall from unit to unit in the same way in every module, so that cuts come out even."""
+    """Scores before any is known: they fall from unit to unit alike in every module, so that cuts come out even."""
     counts = {path: unit_count(attention, unit) for path, attention in attentions.items()}
     return {path: torch.linspace(1, 0, count + 1)[:count] for path, count in counts.items()}

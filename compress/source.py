@@ -94,7 +94,10 @@ def open_source(name: str, *, device: str | None = None, dtype: str | None = Non
 
 def adopt(model: nn.Module, processor=None) -> Source:
     """Take a model object that the user made; the recipe changes it in place, a copy is kept for comparison."""
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+    if (
+        hasattr(model, "compressed_by")
+        or getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    ):
         raise CompressError(f"{type(model).__name__}: is already compressed; give the original model")
     library = "torch"
     if hasattr(model, "config_name") and hasattr(model, "register_to_config"):

@@ -67,6 +67,7 @@ def run_step(model: nn.Module, step: Step, batches: list[dict], before: list[dic
             raise CompressError(f"{step.where}: {step.use} changed nothing on this data")
     kept = record(model, step.use, plan)
     masked = answer_when_masked(model, step.method, plan, probe)
+    model.compressed_by = step.use  # a second run on this object would not know of the first
     step.method.apply(View(model), plan)
     if masked is not None:
         check_exact(model, step, plan, probe, masked)

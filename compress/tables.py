@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def print_plan(rows: list[dict[str, Any]], console: Console) -> None:
     """Every step's modules and how the model would stand after it."""
-    table = Table("step", "modules", "parameters", "weights", "FLOPs", "peak memory", title="Plan", title_justify="left")
+    columns = ("step", "modules", "parameters", "weights", "FLOPs", "peak memory")
+    table = Table(*columns, title="Plan", title_justify="left")
     for row in rows:
         ledger = row["ledger"]
         table.add_row(
@@ -73,7 +74,8 @@ def print_methods(console: Console) -> None:
     """All methods with the first line of their cards."""
     table = Table("method", "what it does", "data")
     for name in names():
-        table.add_row(name, card(name).splitlines()[0], "yes" if find(name).needs_data else "no")
+        data = find(name)(**find(name).example).needs_data
+        table.add_row(name, card(name).splitlines()[0], "yes" if data else "no")
     console.print(table)
 
 

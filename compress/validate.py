@@ -139,8 +139,9 @@ def latency(
     """Milliseconds of a forward, median and interquartile range, of all candidates; and the fastest one without us.
 
     A turn is one forward on the first batch; for a denoiser it is the mean over a whole sampling, since a model may
-    share work between steps. The candidates take turns in every round, so that a busy machine disturbs all of them alike; two turns of each
-    warm it up. Wall-clock time, with the threads as they are set. A candidate that cannot run here is left out.
+    share work between steps. The candidates take turns in every round, so that a busy machine disturbs all of them
+    alike; two turns of each warm it up. Wall-clock time, with the threads as they are set. A candidate that cannot
+    run here is left out.
     """
     assert rounds >= 7
     calls = {}

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from compress_kernels.int8_linear.reference import quantize_rows
 from safetensors.torch import load_file, save_file
 
 from compress.compressed_tensors import scheme, write
@@ -17,6 +16,7 @@ from compress.outputs import relative_error, run
 from compress.transforms.quantize.int8 import Int8
 from compress.transforms.quantize.weight_only import WeightOnly
 from compress.view import View
+from compress_kernels.int8_linear.reference import quantize_rows
 from models import MODELS
 
 SCHEMES = {

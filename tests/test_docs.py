@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import transformers
-from models import MODELS
 
 import compress
 from compress.recipe import Recipe
 from compress.transform import names
+from models import MODELS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

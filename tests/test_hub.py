@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from fake_hub import FakeHub, Fault, File, Repo
 from huggingface_hub import HfApi, constants
-from test_report import make_card, report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.errors import CompressError
 from compress.hub import ATTEMPTS, push
+from fake_hub import FakeHub, Fault, File, Repo
+from test_report import make_card, report
 
 # huggingface_hub's own uploads call httpx in a way that httpx has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

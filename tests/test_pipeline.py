@@ -108,7 +108,8 @@ def test_a_whole_pipeline_in_a_whole_pipeline_out(pipeline_folder, tmp_path):
 def test_a_model_object_in_memory_only_and_saved_later(tmp_path):
     model, batch = MODELS["llama"]()
     before = copy.deepcopy(model)
-    result = compress.compress(model, {"steps": TWO}, calibration=[batch], validation=[batch])
+    recipe = {"steps": TWO, "emit": {"format": "compress-plan"}}
+    result = compress.compress(model, recipe, calibration=[batch], validation=[batch])
     assert result.folder is None and result.model is model and list(tmp_path.iterdir()) == []
     with pytest.raises(CompressError, match="save"):
         result.push("me/it")

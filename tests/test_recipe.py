@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from broken_recipes import BY_HAND, STEPS, VALID, generated
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError, model_validator
 
 import compress.recipe
+from broken_recipes import BY_HAND, STEPS, VALID, generated
 from compress.errors import CompressError
 from compress.metrics import METRICS
 from compress.recipe import Recipe, schema

@@ -23,6 +23,7 @@ RECIPE = {
         {"use": "quantize.int8"},
     ],
     "validate": {"kl": None},
+    "emit": {"format": "compress-plan"},
 }
 RUN = """
 import json, os, signal, sys
@@ -35,7 +36,7 @@ left = int(last)
 def count(event, arguments):
     global left
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-    if writes and ".partial" in str(arguments[0]) or event in ("os.rename", "os.remove", "os.rmdir"):
+    if writes and str(arguments[0]).startswith(os.path.dirname(out)) or event in ("os.rename", "os.remove", "os.rmdir"):
         left -= 1
         if not left:
             os.killpg(0, signal.SIGKILL)
@@ -99,8 +100,9 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(quick, whole, saved, t
 def test_killed_between_any_two_changes_of_the_disk_it_gives_the_same_bytes(quick, whole, saved, tmp_path):
     reference, _, changes = whole
     draw, found = random.Random(1), set()
-    last = range(changes - 8, changes + 1)  # the renames that put the folder in its place, and the cleaning up
-    for number in sorted([*draw.sample(range(1, changes - 8), 6), *last]):
+    spread = [int(changes * (part + draw.random()) / 8) + 1 for part in range(8)]
+    last = range(changes - 6, changes + 1)  # the renames that put the folder in its place, and the cleaning up
+    for number in sorted({*spread, *last}):
         out = tmp_path / f"out-{number}"
         child = quick.start(RUN, saved("llama"), json.dumps(RECIPE), out, number)
         assert quick.wait(child) == -signal.SIGKILL, child.said
@@ -113,7 +115,7 @@ def test_killed_again_and_again_it_arrives_without_repeating_a_step(quick, whole
     reference, _, changes = whole
     out, kept = tmp_path / "out", []
     run = tmp_path / "out.partial" / "run.json"
-    for number in (12, 12, 12):
+    for number in (changes // 4, changes // 4, changes // 4):
         assert quick.wait(quick.start(RUN, saved("llama"), json.dumps(RECIPE), out, number)) == -signal.SIGKILL
         steps = json.loads(run.read_text())["steps"] if run.exists() else []
         assert steps[: len(kept)] == kept  # with the seconds that they took then

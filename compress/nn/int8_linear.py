@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from compress_kernels.int8_linear import int8_linear
 from torch import Tensor, nn
+
+from compress_kernels.int8_linear import int8_linear
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from compress_kernels.weight_only_linear import weight_only_linear
 from compress_kernels.weight_only_linear.reference import dequantize, pack
-from torch import Tensor, nn
 
 
 def quantize_groups(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:

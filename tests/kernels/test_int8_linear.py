@@ -6,17 +6,17 @@ from time import sleep
 
 import pytest
 import torch
-from compress_kernels.int8_linear import int8_linear
-from compress_kernels.int8_linear.cpu import DEEPEST, blocks, linear, paths, plain, single
-from compress_kernels.int8_linear.reference import quantize_rows, reference
-from compress_kernels.packing import packed
-from compress_kernels.timing import paired, trusted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from compress.nn.int8_linear import Int8Linear
 from compress.outputs import relative_error
+from compress_kernels.int8_linear import int8_linear
+from compress_kernels.int8_linear.cpu import DEEPEST, blocks, linear, paths, plain, single
+from compress_kernels.int8_linear.reference import quantize_rows, reference
+from compress_kernels.packing import packed
+from compress_kernels.timing import paired, trusted
 
 SHAPES = [(1, 3, 5), (1, 1, 4), (3, 17, 1), (17, 63, 129), (63, 64, 32), (300, 33, 65), (2, 1537, 7)]
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}

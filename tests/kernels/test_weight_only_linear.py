@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compress_kernels.weight_only_linear import weight_only_linear
-from compress_kernels.weight_only_linear.cpu import FEW, fast_bits, few, linear, plain
-from compress_kernels.weight_only_linear.reference import dequantize, pack, reference, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from compress.nn.weight_only_linear import WeightOnlyLinear, quantize_groups
 from compress.outputs import relative_error
+from compress_kernels.weight_only_linear import weight_only_linear
+from compress_kernels.weight_only_linear.cpu import FEW, fast_bits, few, linear, plain
+from compress_kernels.weight_only_linear.reference import dequantize, pack, reference, unpack
 
 # rows, in, out, group: with and without a fast product
 SHAPES = [

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import MODELS
 
 from compress.outputs import relative_error, run
 from compress.transforms.heads.magnitude import Magnitude, head_norms, head_weights
 from compress.view import View
+from models import MODELS
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "vit", "swin", "t5", "dit", "sd3", "flux"])

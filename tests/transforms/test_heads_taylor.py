@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from models import MODELS
 
 from compress.errors import CompressError
 from compress.outputs import relative_error, run
 from compress.selection import unit_scores
 from compress.transforms.heads.taylor import Taylor, head_scores
 from compress.view import View
+from models import MODELS
 
 
 def scores(model, batches, unit="group"):

@@ -2,11 +2,11 @@
 
 The score of a head is the Frobenius norm of W_o,h W_v,h, the linear map from the layer's input through the head to the
 layer's output. Unlike the norms of the single slices it does not change when W_v is scaled and W_o scaled back.
-Needs no data and takes seconds. Layers are compared by their share of the layer's largest head, since the scale of the residual
-stream differs from layer to layer.
+Needs no data and takes seconds. Layers are compared by their share of the layer's largest head, since the scale of the
+residual stream differs from layer to layer.
 
-When it hurts: it does not see the attention pattern or the data. A head with large weights that hardly ever fires stays, a
-small but decisive one goes: use heads.taylor where there is any calibration text or image.
+When it hurts: it does not see the attention pattern or the data. A head with large weights that hardly ever fires
+stays, a small but decisive one goes: use heads.taylor where there is any calibration text or image.
 
 Paper: the weight-norm baseline of Michel, Levy, Neubig, "Are Sixteen Heads Really Better than One?", NeurIPS 2019.
 """
@@ -32,7 +32,7 @@ class Magnitude(Transform):
 
     keep: float = Field(0.9, gt=0, le=1, description="share of the heads (key-value groups) that stays")
     layout: Literal["ragged", "uniform"] = Field("ragged", description="best heads overall, or equally many per layer")
-    unit: Literal["group", "query"] = Field("group", description="remove key-value groups, or query heads of every group")
+    unit: Literal["group", "query"] = Field("group", description="remove key-value groups, or queries of every group")
 
     def plan(self, view: View) -> Plan:
         taken, refused = prunable(view, self)

@@ -5,8 +5,8 @@ loss is the cross-entropy to labels drawn from the model's own predictions (a ra
 logits), so unlabelled text or images suffice. Scores of all layers are compared as they are: normalising them by
 layer forces an even cut and loses accuracy.
 
-Under grouped-query attention a whole group goes (key-value head and its query heads), scored jointly; `unit: query` takes equally
-many query heads of every group instead, which is also what happens under multi-query attention.
+Under grouped-query attention a whole group goes (key-value head and its query heads), scored jointly; `unit: query`
+takes equally many query heads of every group instead, which is also what happens under multi-query attention.
 `layout: uniform` keeps the same number in every layer, so that many models load natively.
 
 When it hurts: first-order scores miss heads that stand in for each other, and nothing is repaired: beyond about a fifth
@@ -39,7 +39,7 @@ class Taylor(Transform):
 
     keep: float = Field(0.9, gt=0, le=1, description="share of the heads (key-value groups) that stays")
     layout: Literal["ragged", "uniform"] = Field("ragged", description="best heads overall, or equally many per layer")
-    unit: Literal["group", "query"] = Field("group", description="remove key-value groups, or query heads of every group")
+    unit: Literal["group", "query"] = Field("group", description="remove key-value groups, or queries of every group")
 
     def plan(self, view: View) -> Plan:
         taken, refused = prunable(view, self)
@@ -86,7 +86,8 @@ def head_scores(
             parameter.requires_grad_(True)
     if not all(score.isfinite().all() for score in totals.values()):
         raise CompressError("heads.taylor: the gradients are not finite; calibrate in float32 or bfloat16")
-    return {at.path: totals.get(at.path, torch.zeros_like(fold(torch.zeros(at.heads), at))) / examples for at in attentions}
+    unused = {at.path: torch.zeros_like(fold(torch.zeros(at.heads), at)) for at in attentions}
+    return {path: score / examples for path, score in (unused | totals).items()}
 
 
 def _gate_gradients(view: View, attentions: list[Attention], batch: dict, generator: torch.Generator):
