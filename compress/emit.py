@@ -7,12 +7,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from compress.card import card
-from compress.checkpoint import auto_class, choose_format, copy_companions, save, seal
+from compress.checkpoint import seal
 from compress.errors import CompressError
 from compress.example import example
+from compress.formats import choose_format
 from compress.outputs import inputs
 from compress.recipe import Emit, Recipe
 from compress.report import Report
+from compress.saving import auto_class, copy_companions, save
 from compress.source import Source
 from compress.verification import verify, write_probe
 from compress.view import View

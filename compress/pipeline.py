@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import tempfile
 import time
@@ -11,22 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from compress import emit
 from compress.checkpoint import SIDECAR, check_files, load
-from compress.errors import CompressError, LimitMissed
-from compress.example import example
+from compress.errors import CompressError
 from compress.flops import memory
-from compress.harness import check_tasks, scores
+from compress.harness import check_tasks
 from compress.journal import Journal, fingerprint, partial
-from compress.measure import Measure
-from compress.metrics import TASK, metric
-from compress.progress import Tracked, say
-from compress.recipe import Data, Emit, Recipe, Validation
+from compress.judge import gate, measures, samples
+from compress.machine import hardware, versions
+from compress.recipe import Emit, Recipe
 from compress.report import Report
 from compress.source import Source, adopt, open_source
 from compress.steps import plan_steps, run_steps, seed_everything
@@ -212,110 +207,3 @@ def already(out: Path, key: str, source: Source, recipe: Recipe) -> Result:
     raise CompressError(
         f"{out}: exists already and is not this run's result; choose another -o or replace it with --force"
     )
-
-
-def samples(section: Data | None, source: Source, given, seed: int | None) -> list[dict]:
-    """The examples of a section of the recipe, or the user's own; a seed draws them, without one they are the first."""
-    from compress.data import TRAJECTORY, batches
-
-    section = section or (Data() if given is not None or source.pipeline is not None else None)
-    if section is None:
-        return []
-    what = given if given is not None else section.data or (TRAJECTORY if source.pipeline is not None else None)
-    if what is None:
-        return []
-    options = section.model_dump(include={"samples", "length", "batch", "column", "split"})
-    found = batches(what, source, seed=seed, **options)
-    label = "validating" if isinstance(section, Validation) else "calibrating"
-    if found.note:
-        say(f"{label} on {found.note}")
-    return Tracked(found, label)
-
-
-def measures(source: Source, recipe: Recipe, batches: list[dict], folder: Path | None) -> list[Measure]:
-    """Everything the recipe asks for, and the size always, on the original and the result in one run."""
-    from compress.validate import measure
-
-    limits = dict(recipe.validate_.limits) if recipe.validate_ else {}
-    names = [name for name in dict.fromkeys([*limits, "size", "parameters"]) if name != "latency"]
-    names = [name for name in names if not name.startswith(TASK)]
-    original, sampler = source.original(), sampling(source, recipe, batches) if "psnr" in limits else None
-    written = source.folder if folder is not None else None  # like is compared with like
-    before = measure(names, original, original, batches, folder=written, sampler=sampler)
-    after = measure(names, source.model, original, batches, folder=folder, sampler=sampler)
-    before |= scores(recipe.validate_, original, source.processor)
-    after |= scores(recipe.validate_, source.model, source.processor)
-    found = [Measure(name, before[name], after[name], unit=metric(name).unit) for name in before]
-    if "latency" in limits:
-        found.append(speed(source, batches))
-    for item in found:
-        if limit := limits.get(item.name):
-            item.limit = limit.text
-            item.passed = within(metric(item.name).better, item.after, limit.bound(item.before))
-    return found
-
-
-def sampling(source: Source, recipe: Recipe, batches: list[dict]):
-    """A function that makes a whole sampling with a denoiser: the pipeline's, or the recorded one run again."""
-    from compress.trajectory import pipeline_sampler, replay_sampler
-
-    if source.pipeline is None:
-        return replay_sampler(batches, source.original())
-    section = recipe.validate_
-    return pipeline_sampler(source, seed=recipe.seed + 1, batch=section.batch, length=section.length)
-
-
-def speed(source: Source, batches: list[dict]) -> Measure:
-    """The latency against the original as it was loaded and against the fastest stock path, in one run."""
-    from compress.validate import latency
-
-    times, stock = latency(source.model, source.original(), batches or [example(source.model)])
-    (before, spread), (after, spread_after) = times["original"], times["compressed"]
-    baseline = {"name": stock, "value": times[stock][0]}
-    return Measure("latency", before, after, unit="ms", spread=[spread, spread_after], baseline=baseline)
-
-
-def within(better: str, value: float, bound: float) -> bool:
-    """Does the value keep the bound? A number that is none never does."""
-    return value <= bound if better == "lower" else value >= bound
-
-
-def gate(report: Report, force: bool) -> None:
-    """A missed limit ends the run before anything is emitted, unless the user insists."""
-    if report.missed and not force:
-        told = "; ".join(f"{item.name} is {item.text('after')}, the limit is {item.limit}" for item in report.missed)
-        raise LimitMissed(
-            f"{report.recipe}: a limit was missed: {told} (nothing was emitted; --force emits it all the same)"
-        )
-
-
-def hardware() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    facts = {"cpu": _cpu(), "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-def versions() -> dict[str, str]:
-    """The software that made the result."""
-    from importlib.metadata import version
-
-    packages = ("transformer-compress", "torch", "transformers", "diffusers", "safetensors")
-    from importlib.metadata import PackageNotFoundError
-
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
