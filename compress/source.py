@@ -94,17 +94,14 @@ def open_source(name: str, *, device: str | None = None, dtype: str | None = Non
 
 def adopt(model: nn.Module, processor=None) -> Source:
     """Take a model object that the user made; the recipe changes it in place, a copy is kept for comparison."""
-    if (
-        hasattr(model, "compressed_by")
-        or getattr(getattr(model, "config", None), "quantization_config", None) is not None
-    ):
+    config = getattr(model, "config", None)
+    if hasattr(model, "compressed_by") or getattr(config, "quantization_config", None) is not None:
         raise CompressError(f"{type(model).__name__}: is already compressed; give the original model")
     library = "torch"
     if hasattr(model, "config_name") and hasattr(model, "register_to_config"):
         library = "diffusers"
-    elif hasattr(getattr(model, "config", None), "model_type"):
+    elif hasattr(config, "model_type"):
         library = "transformers"
-    config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None) or type(model).__name__
     folder = Path(name) if name and Path(str(name)).is_dir() else None
     untouched = copy.deepcopy(model).eval()

@@ -117,7 +117,7 @@ def test_a_model_object_in_memory_only_and_saved_later(tmp_path):
     size = result.report.measure("size")
     assert size.before == sum(tensor.nbytes for tensor in before.parameters()) and size.after < size.before
     assert result.save(tmp_path / "deep" / "one") == result.folder == tmp_path / "deep" / "one"
-    assert result.report.verified["bit_equal"] and result.report.format == "compress-plan"
+    assert result.report.verified["bit_equal"] and result.report.format == "compressed-tensors"
     with torch.no_grad():
         assert torch.equal(run(compress.load(result.folder), batch), run(model, batch))
     with pytest.raises(CompressError, match="exists already"):

@@ -14,7 +14,12 @@ from compress.cli import cli, main
 from compress.transform import names
 from models import MODELS
 
-RECIPE = "steps:\n  - {use: heads.magnitude, keep: 0.5}\n  - {use: quantize.int8, except: [lm_head]}\n"
+RECIPE = """\
+steps:
+  - {use: heads.magnitude, keep: 0.5}
+  - {use: quantize.int8, except: [lm_head]}
+emit: {format: compress-plan}
+"""
 
 
 @pytest.fixture(autouse=True)
