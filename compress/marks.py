@@ -44,9 +44,15 @@ class Writer(yaml.SafeDumper):
     """Quotes text that Reader would take for a number; what YAML has no word for gets a tag that Page refuses."""
 
 
+def _quotes(text: str) -> str | None:
+    """Double quotes for the rarer line breaks, which other styles would read back as spaces."""
+    return '"' if re.search("[\x85\u2028\u2029]", text) else None
+
+
 for kind, (pattern, first, _) in PLAIN.items():
     Reader.add_implicit_resolver(CORE + kind, re.compile(pattern), first)
     Writer.add_implicit_resolver(CORE + kind, re.compile(pattern), first)
+Writer.add_representer(str, lambda writer, text: writer.represent_scalar(f"{CORE}str", text, _quotes(text)))
 Writer.add_multi_representer(PurePath, lambda writer, path: writer.represent_str(str(path)))
 Writer.add_multi_representer(object, lambda writer, thing: writer.represent_scalar(f"!{type(thing).__name__}", "..."))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError, model_validator
 
@@ -314,6 +314,7 @@ MERGES = st.fixed_dictionaries(
 )
 
 
+@example({"except": ["a\x85b\u2028\u2029"]}, 0)
 @given(MERGES, st.integers(0, 2**32 - 1))
 def test_options_come_back_through_the_text(options, seed):
     made = Recipe.make({"seed": seed, "steps": [{"use": "tokens.merge", **options}]})
