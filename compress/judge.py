@@ -33,13 +33,26 @@ def samples(section: Data | None, source: Source, given, seed: int | None) -> li
     return Tracked(found, label)
 
 
+def check_measures(source: Source, recipe: Recipe, batches: list[dict]) -> None:
+    """Refuse, before any work is done, what cannot be measured on this model and these samples."""
+    from compress.validate import check
+
+    names = answered(recipe)
+    check(names, source.model, batches, sampling(source, recipe, batches) if "psnr" in names else None)
+
+
+def answered(recipe: Recipe) -> list[str]:
+    """What the recipe wants measured beside speed and evaluation tasks."""
+    limits = recipe.validate_.limits if recipe.validate_ else {}
+    return [name for name in limits if name != "latency" and not name.startswith(TASK)]
+
+
 def measures(source: Source, recipe: Recipe, batches: list[dict], folder: Path | None) -> list[Measure]:
     """Everything the recipe asks for, and the size always, on the original and the result in one run."""
     from compress.validate import measure
 
     limits = dict(recipe.validate_.limits) if recipe.validate_ else {}
-    names = [name for name in dict.fromkeys([*limits, "size", "parameters"]) if name != "latency"]
-    names = [name for name in names if not name.startswith(TASK)]
+    names = list(dict.fromkeys([*answered(recipe), "size", "parameters"]))
     original, sampler = source.original(), sampling(source, recipe, batches) if "psnr" in limits else None
     written = source.folder if folder is not None else None  # like is compared with like
     before = measure(names, original, original, batches, folder=written, sampler=sampler)

@@ -19,7 +19,7 @@ from compress.errors import CompressError
 from compress.flops import memory
 from compress.harness import check_tasks
 from compress.journal import Journal, fingerprint, partial
-from compress.judge import gate, measures, samples
+from compress.judge import check_measures, gate, measures, samples
 from compress.machine import hardware, versions
 from compress.recipe import Emit, Recipe
 from compress.report import Report
@@ -93,6 +93,7 @@ def compress(
     seed_everything(recipe.seed)
     batches = samples(recipe.calibrate, source, calibration, recipe.seed)
     held_out = samples(recipe.validate_, source, validation, None)
+    check_measures(source, recipe, held_out)
     data = (batches, held_out)
     if out is None:
         return carry_out(source, recipe, data, None, force, started)

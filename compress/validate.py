@@ -54,14 +54,7 @@ def measure(
     sampling with a denoiser for psnr. Latency is not measured here: only a comparison means something, see `latency`.
     """
     assert "latency" not in names
-    fitting = None
-    for name in [name for name in names if name not in PHYSICAL]:
-        fitting = fitting or fits(original, batches, sampler)
-        if name not in fitting[1]:
-            raise CompressError(
-                f"validate: {name} ({METRICS[name].what}) cannot be measured here, where {fitting[0]}; "
-                f"what fits: {', '.join((*fitting[1], *PHYSICAL, 'latency'))}"
-            )
+    check(names, original, batches, sampler)
     found = answers([name for name in names if name in COMPARE], model, original, batches)
     if "psnr" in names:
         assert sampler is not None
@@ -77,6 +70,18 @@ def measure(
     if "parameters" in names:
         found["parameters"] = sum(tensor.numel() for tensor in unique_tensors(model))
     return {name: float(found[name]) for name in names}
+
+
+def check(names: list[str], model: nn.Module, batches: list[Batch], sampler: Sampler | None = None) -> None:
+    """Refuse a measure of answers that does not fit what the model answers with."""
+    wanted = [name for name in names if name not in (*PHYSICAL, "latency")]
+    words, fitting = fits(model, batches, sampler) if wanted else ("", ())
+    for name in wanted:
+        if name not in fitting:
+            raise CompressError(
+                f"validate: {name} ({METRICS[name].what}) cannot be measured here, where {words}; "
+                f"what fits: {', '.join((*fitting, *PHYSICAL, 'latency'))}"
+            )
 
 
 def answers(names: list[str], model: nn.Module, original: nn.Module, batches: list[Batch]) -> dict[str, float]:

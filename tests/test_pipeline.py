@@ -333,3 +333,11 @@ def test_surgery_that_is_not_exact_is_refused(monkeypatch):
     with pytest.raises(CompressError, match="not exact .* with except"):
         compress.compress(copy.deepcopy(model), recipe, validation=[batch])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_cannot_be_measured_is_refused_before_any_step(monkeypatch):
+    model, batch = MODELS["vit"]()
+    monkeypatch.setattr("compress.pipeline.run_steps", None)
+    recipe = {"steps": [HEADS], "validate": {"perplexity": "1.1x"}}
+    with pytest.raises(CompressError, match="perplexity .* cannot be measured here"):
+        compress.compress(model, recipe, validation=[batch])
