@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from compress.errors import CompressError
-from compress.formats import quantize_steps
 from compress.replay import FORMAT
 
 SIDECAR = "compress.json"
@@ -59,12 +58,6 @@ def load(folder: str | Path, **options):
     import transformers
 
     cls = getattr(transformers, facts["class"])
-    if facts["format"] == "compressed-tensors":  # the library's own way would unpack it and lose our kernels
-        from compress.hf_transformers import PlanConfig
-
-        config = transformers.AutoConfig.from_pretrained(folder)
-        config.quantization_config = PlanConfig(steps=quantize_steps(facts["steps"])).to_dict()
-        options["config"] = config
     return cls.from_pretrained(folder, **({"dtype": "auto"} | options))
 
 

@@ -39,25 +39,10 @@ class PlanQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         replay(model, self.quantization_config.steps, self.quantization_config.format)
-        self.own_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         model.config.quantization_config = self.quantization_config
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         return model
-
-    def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs):
-        """Scales keep float32 when the rest of the model is asked for in another dtype."""
-        return param_name.endswith("_scale")
-
-    def create_quantized_param(self, model, param_value, param_name, target_device, *args, **kwargs):
-        from torch import nn
-
-        path, _, name = param_name.rpartition(".")
-        tensor = param_value.to(target_device, self.own_dtypes[param_name])
-        setattr(model.get_submodule(path), name, nn.Parameter(tensor, requires_grad=False))
-
-    def check_quantized_param_shape(self, *args, **kwargs):
-        return True
 
     @property
     def is_serializable(self) -> bool:

@@ -21,6 +21,18 @@ class PlanConfig(QuantizationConfigMixin):
         self.weights = weights
 
 
+def preferring_ours(stock: type) -> type:
+    """The library's config class of compressed-tensors, which hands checkpoints with our record to our kernels."""
+
+    class CompressedTensors(stock):
+        @classmethod
+        def from_dict(cls, config_dict, *args, **kwargs):
+            record = config_dict.get("compress")
+            return PlanConfig(**record) if record else stock.from_dict(config_dict, *args, **kwargs)
+
+    return CompressedTensors
+
+
 class PlanQuantizer(HfQuantizer):
     """Rebuilds the compressed structure; the library's own loader then reads the tensors into it."""
 

@@ -24,10 +24,13 @@ def register() -> None:
 
 
 def _transformers(registry) -> None:
-    from compress.hf_transformers import PlanConfig, PlanQuantizer
+    from compress.hf_transformers import PlanConfig, PlanQuantizer, preferring_ours
 
-    registry.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, PlanConfig)
-    registry.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, PlanQuantizer)
+    configs = registry.AUTO_QUANTIZATION_CONFIG_MAPPING
+    if METHOD not in configs:
+        configs[METHOD] = PlanConfig
+        registry.AUTO_QUANTIZER_MAPPING[METHOD] = PlanQuantizer
+        configs["compressed-tensors"] = preferring_ours(configs["compressed-tensors"])
 
 
 def _diffusers(registry) -> None:

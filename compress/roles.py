@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 BEFORE = r"(?:to_|w_?|linear_|attn_|attention_|in_proj_|proj_|self_|fc_)?"
 AFTER = r"(?:_proj|_lin|_linear|_layer|_attn|_projection|_head|_proj_layer|_weights|_b_proj)?"
@@ -51,9 +50,15 @@ TABLE = re.compile(r"relative_position_bias_table|relative_attention_bias|relati
 PER_HEAD = re.compile(r"bias|logit_scale|sink|gate|alibi|slope|head|temperature|rel_pos|gru|dt|lambda", re.I)
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Is it transformers' Conv1D, a linear layer with its weight as [in, out]? Told by its sizes `nx` and `nf`."""
+    weight = getattr(module, "weight", None)
+    return hasattr(module, "nx") and hasattr(module, "nf") and weight.shape == (module.nx, module.nf)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Is this a linear layer as the libraries write it (nn.Linear, its subclasses, transformers' Conv1D)?"""
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_projection(module: nn.Module) -> bool:
@@ -63,12 +68,12 @@ def is_projection(module: nn.Module) -> bool:
 
 def width_in(module: nn.Module) -> int:
     """Input features."""
-    return module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features
+    return module.weight.shape[0] if is_conv1d(module) else module.in_features
 
 
 def width_out(module: nn.Module) -> int:
     """Output features."""
-    return module.weight.shape[1] if isinstance(module, Conv1D) else module.out_features
+    return module.weight.shape[1] if is_conv1d(module) else module.out_features
 
 
 def number(owner: object, names: tuple[str, ...]) -> int | None:

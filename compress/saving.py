@@ -13,7 +13,7 @@ from compress.bundle import bundle
 from compress.compressed_tensors import write
 from compress.errors import CompressError
 from compress.formats import native_config, quantize_steps
-from compress.replay import keeps_disk_names
+from compress.replay import FORMAT, keeps_disk_names
 from compress.view import View
 
 WEIGHTS = "compressed.safetensors"  # a name that a machine without compress does not look for
@@ -47,7 +47,7 @@ def _save_transformers(model: nn.Module, folder: Path, format: str, steps: list[
         if format == "native":
             model.save_pretrained(folder, max_shard_size=shard)
         elif format == "compressed-tensors":
-            _save_compressed_tensors(model, folder, shard)
+            _save_compressed_tensors(model, folder, steps, shard)
         else:
             model.save_pretrained(folder, max_shard_size=shard, save_original_format=keeps_disk_names(model))
             _rename_weights(folder)
@@ -117,7 +117,7 @@ def _rename_weights(folder: Path) -> None:
         index.unlink()
 
 
-def _save_compressed_tensors(model: nn.Module, folder: Path, shard: str) -> None:
+def _save_compressed_tensors(model: nn.Module, folder: Path, steps: list[dict], shard: str) -> None:
     from huggingface_hub import save_torch_state_dict
 
     tensors, quantization = write(model)
@@ -128,7 +128,8 @@ def _save_compressed_tensors(model: nn.Module, folder: Path, shard: str) -> None
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text())
-    saved["quantization_config"] = quantization
+    # Beside what every reader of the format wants, our record: with compress imported its kernels take over.
+    saved["quantization_config"] = quantization | {"compress": {"format": FORMAT, "steps": quantize_steps(steps)}}
     (folder / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
 

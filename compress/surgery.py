@@ -9,12 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from compress.chain import unchain
 from compress.layout import fused_rows, interleaved_rows, ranges
 from compress.refusals import outer_tables
-from compress.roles import GROUPS, HEADS, KV_HEADS, PER_HEAD, TOTALS, is_linear, join, number, width_in, width_out
+from compress.roles import (
+    GROUPS,
+    HEADS,
+    KV_HEADS,
+    PER_HEAD,
+    TOTALS,
+    is_conv1d,
+    is_linear,
+    join,
+    number,
+    width_in,
+    width_out,
+)
 
 if TYPE_CHECKING:
     from compress.structure import MLP, Attention
@@ -52,7 +63,7 @@ def slice_tensor(module: nn.Module, name: str, keep: list[int], dim: int) -> Non
 
 def keep_rows(linear: nn.Module, keep: list[int]) -> None:
     """Keep these output features."""
-    is_conv = isinstance(linear, Conv1D)
+    is_conv = is_conv1d(linear)
     slice_tensor(linear, "weight", keep, 1 if is_conv else 0)
     if linear.bias is not None:
         slice_tensor(linear, "bias", keep, 0)
@@ -61,7 +72,7 @@ def keep_rows(linear: nn.Module, keep: list[int]) -> None:
 
 def keep_columns(linear: nn.Module, keep: list[int]) -> None:
     """Keep these input features."""
-    is_conv = isinstance(linear, Conv1D)
+    is_conv = is_conv1d(linear)
     slice_tensor(linear, "weight", keep, 0 if is_conv else 1)
     setattr(linear, "nx" if is_conv else "in_features", len(keep))
 
@@ -69,7 +80,7 @@ def keep_columns(linear: nn.Module, keep: list[int]) -> None:
 def zero_columns(linear: nn.Module, drop: list[int]) -> None:
     """Make the output independent of these input features."""
     weight = linear.weight.detach().clone()
-    if isinstance(linear, Conv1D):
+    if is_conv1d(linear):
         weight[drop] = 0
     else:
         weight[:, drop] = 0

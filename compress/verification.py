@@ -50,19 +50,8 @@ def verify(folder: str | Path) -> dict:
 def compare(folder: Path) -> dict:
     """Load with plain `from_pretrained` and ask the probe; runs in the fresh process."""
     facts = check_files(folder)
-    loader = "compress.load"
-    if facts["format"] == "compressed-tensors":
-        model = load(folder)
-    else:
-        import diffusers
-        import transformers
-
-        name = "DiffusionPipeline" if facts["component"] else facts["class"]
-        loader = f"{name}.from_pretrained"
-        options = {"dtype": "auto"} if facts["library"] == "transformers" else {}
-        model = getattr(transformers if facts["library"] == "transformers" else diffusers, name).from_pretrained(
-            folder, **options
-        )
+    loader = f"{'DiffusionPipeline' if facts['component'] else facts['class']}.from_pretrained"
+    model = load(folder)
     if facts["component"]:
         model = getattr(model, facts["component"])
     with safe_open(folder / PROBE, "pt") as file:
