@@ -74,9 +74,15 @@ def compare(folder: Path) -> dict:
 
 @torch.no_grad()
 def _ask(model: nn.Module, inputs: dict) -> Tensor:
+    """The model's answer on one thread: how work is split among several, and so the rounding, is up to chance."""
     device = next(model.parameters()).device
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return answer(model(**moved)).cpu()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return answer(model(**moved)).cpu()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _sample(output: Tensor) -> Tensor:
