@@ -108,7 +108,8 @@ def test_a_whole_pipeline_in_a_whole_pipeline_out(pipeline_folder, tmp_path):
 def test_a_model_object_in_memory_only_and_saved_later(tmp_path):
     model, batch = MODELS["llama"]()
     before = copy.deepcopy(model)
-    result = compress.compress(model, {"steps": TWO}, calibration=[batch], validation=[batch])
+    recipe = {"steps": TWO, "emit": {"format": "compress-plan"}}
+    result = compress.compress(model, recipe, calibration=[batch], validation=[batch])
     assert result.folder is None and result.model is model and list(tmp_path.iterdir()) == []
     with pytest.raises(CompressError, match="save"):
         result.push("me/it")
@@ -117,7 +118,7 @@ def test_a_model_object_in_memory_only_and_saved_later(tmp_path):
     size = result.report.measure("size")
     assert size.before == sum(tensor.nbytes for tensor in before.parameters()) and size.after < size.before
     assert result.save(tmp_path / "deep" / "one") == result.folder == tmp_path / "deep" / "one"
-    assert result.report.verified["bit_equal"] and result.report.format == "compressed-tensors"
+    assert result.report.verified["bit_equal"] and result.report.format == "compress-plan"
     with torch.no_grad():
         assert torch.equal(run(compress.load(result.folder), batch), run(model, batch))
     with pytest.raises(CompressError, match="exists already"):
