@@ -93,16 +93,20 @@ def _by_block(model: nn.Module) -> dict[str, float]:
     return found | {"rest": tensor_bytes(model) - sum(found.values())}
 
 
-def weight_bytes(folder: Path | None, model: nn.Module) -> int:
-    """Bytes of the weight files, or of the tensors of a model that was never on disk."""
-    if folder is not None:
-        return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    return tensor_bytes(model)
-
-
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and saved buffers, shared ones once."""
     return sum(value.numel() * value.element_size() for value in unique_tensors(model))
+
+
+def weight_count(model: nn.Module) -> int:
+    """How many weights the model has: packed ones are counted unpacked, their scales and shapes not at all."""
+    total = sum(tensor.numel() for tensor in unique_tensors(model))
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        total -= sum(own[name].numel() for name in ("weight_scale", "weight_shape", "weight_packed") if name in own)
+        if "weight_packed" in own:
+            total += module.in_features * module.out_features
+    return total
 
 
 def unique_tensors(model: nn.Module) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.emit import probe_inputs, tensor_bytes, unique_tensors
+from compress.emit import probe_inputs, tensor_bytes, weight_count
 from compress.errors import CompressError
 from compress.flops import count
 from compress.source import adopt, open_source
@@ -23,7 +23,7 @@ def inspect(model: str | nn.Module) -> dict[str, Any]:
         "name": source.name,
         "class": type(source.model).__name__,
         "library": source.library,
-        "parameters": sum(tensor.numel() for tensor in unique_tensors(source.model)),
+        "parameters": weight_count(source.model),
         "bytes": tensor_bytes(source.model),
         "blocks": [block.path for block in view.blocks()],
         "attentions": view.attentions(),

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from compress.emit import probe_inputs, tensor_bytes, unique_tensors
+from compress.emit import probe_inputs, tensor_bytes, weight_count
 from compress.errors import CompressError, one_of
 from compress.flops import count
 from compress.journal import Journal
@@ -127,7 +127,7 @@ def planned(model: nn.Module, step: Step, before: list[dict]) -> Plan:
 def standing(model: nn.Module, probe: dict, reference: Tensor | None) -> dict:
     """How the model stands: parameters, bytes, FLOPs on the probe, relative error of its answers."""
     facts = {
-        "parameters": sum(tensor.numel() for tensor in unique_tensors(model)),
+        "parameters": weight_count(model),
         "bytes": tensor_bytes(model),
         "flops": count(model, probe),
         "error": None,

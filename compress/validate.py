@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compress.compare import COMPARE, Batch, Sum, psnr
 from compress.data import placed
-from compress.emit import tensor_bytes, unique_tensors
+from compress.emit import tensor_bytes, weight_count
 from compress.errors import CompressError
 from compress.example import example
 from compress.flops import count, memory
@@ -68,7 +68,7 @@ def measure(
         turns = sampling(batches) or [example(original)]
         found["flops"] = sum(count(model, batch) for batch in turns) / len(turns)
     if "parameters" in names:
-        found["parameters"] = sum(tensor.numel() for tensor in unique_tensors(model))
+        found["parameters"] = weight_count(model)
     return {name: float(found[name]) for name in names}
 
 

@@ -11,6 +11,7 @@ import compress
 import compress.steps
 from compress import CompressError, LimitMissed
 from compress.checkpoint import check_files
+from compress.emit import weight_count
 from compress.journal import Journal
 from compress.outputs import run
 from compress.view import View
@@ -69,8 +70,7 @@ def test_a_folder_in_a_proven_folder_out(name, saved, tmp_path):
     for measure in measures.values():
         assert {"name", "before", "after", "limit", "unit", "passed"} <= measure.keys()
     assert list(measures) == [*recipe["validate"].keys() - {"latency"}, "size", "parameters", "latency"]
-    parameters = sum({id(value): value.numel() for value in loaded.state_dict(keep_vars=True).values()}.values())
-    assert measures["parameters"]["after"] == report["steps"][-1]["parameters"] == parameters
+    assert measures["parameters"]["after"] == report["steps"][-1]["parameters"] == weight_count(loaded)
     assert measures["size"]["after"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert [step["use"] for step in report["steps"]] == [step["use"] for step in steps]
     assert all(step["modules"] and step["seconds"] >= 0 and step["error"] > 0 for step in report["steps"])

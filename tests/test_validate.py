@@ -19,7 +19,9 @@ from compress.flops import count, memory
 from compress.metrics import METRICS
 from compress.nn.int8_linear import Int8Linear
 from compress.nn.weight_only_linear import WeightOnlyLinear
+from compress.transform import find
 from compress.validate import PHYSICAL, default_metrics, fits, latency, measure, weight_bytes
+from compress.view import View
 from models import MODELS
 
 
@@ -271,3 +273,13 @@ def test_a_denoiser_is_timed_and_counted_over_a_whole_sampling():
     assert lazy.calls == 4
     latency(lazy, lazy, batches, rounds=7)
     assert lazy.calls == 4 + 4 * 2 * (2 + 7)
+
+
+@pytest.mark.parametrize(("use", "options"), [("int8", {}), ("weight_only", {"bits": 4}), ("weight_only", {})])
+def test_quantizing_does_not_change_how_many_weights_there_are(use, options):
+    model = MODELS["llama"]()[0]
+    before = {"parameters": sum(tensor.numel() for tensor in model.parameters())}
+    assert measure(["parameters"], model, model, []) == before
+    method = find(f"quantize.{use}")(**options)
+    method.apply(View(model), method.plan(View(model)))
+    assert measure(["parameters"], model, model, []) == before
