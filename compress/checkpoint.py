@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from pathlib import Path
+
+import torch
 
 from compress.errors import CompressError
 from compress.replay import FORMAT
 
 SIDECAR = "compress.json"
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by their names in files
+WEIGHTS = re.compile(r"(model|diffusion_pytorch_model|compressed)(-\d+-of-\d+)?\.safetensors")
 
 
 def seal(folder: Path, facts: dict) -> None:
@@ -54,11 +60,46 @@ def load(folder: str | Path, **options):
         import diffusers
 
         name = "DiffusionPipeline" if facts["component"] else facts["class"]
+        if not {"dtype", "torch_dtype"} & options.keys():  # diffusers does not look at what is stored
+            dtypes = stored_dtypes(folder)
+            options["dtype"] = dtypes if facts["component"] else dtypes["default"]
         return getattr(diffusers, name).from_pretrained(folder, **options)
     import transformers
 
     cls = getattr(transformers, facts["class"])
     return cls.from_pretrained(folder, **({"dtype": "auto"} | options))
+
+
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The floating dtype of most bytes in the weight files, of a pipeline for each part; where there are none float32.
+
+    As diffusers wants it: by the name of the part, and under `default` for what has no name.
+    """
+    found = {"default": torch.float32}
+    for path in model_folders(folder):
+        sizes = Counter()
+        for file in weight_files(path):
+            with open(file, "rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            for name, entry in header.items():
+                if name != "__metadata__" and entry["dtype"] in FLOATS:
+                    begin, end = entry["data_offsets"]
+                    sizes[entry["dtype"]] += end - begin
+        if sizes:
+            dtype = getattr(torch, FLOATS[sizes.most_common(1)[0][0]])
+            found["default" if path == folder else path.name] = dtype
+    return found
+
+
+def model_folders(folder: Path) -> list[Path]:
+    """The folder of a model, or of a pipeline with those of its parts."""
+    parts = folder.iterdir() if (folder / "model_index.json").exists() else ()
+    return [folder, *sorted(path for path in parts if path.is_dir())]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files in a folder that the libraries take for the weights of a model; others may lie beside them."""
+    return sorted(path for path in folder.glob("*.safetensors") if WEIGHTS.fullmatch(path.name))
 
 
 def sha256(path: Path) -> str:

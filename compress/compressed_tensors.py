@@ -25,7 +25,7 @@ def write(model: nn.Module) -> tuple[dict[str, Tensor], dict]:
 
     kinds = quantized(model)
     names = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    tensors = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, names).items()}
+    tensors = {name: alone(tensor) for name, tensor in revert_weight_conversion(model, names).items()}
     groups = [scheme(*kind) | {"targets": paths} for kind, paths in kinds.items()]
     if len(groups) == 1:
         groups[0]["targets"] = ["Linear"]
@@ -42,6 +42,11 @@ def write(model: nn.Module) -> tuple[dict[str, Tensor], dict]:
         "sparsity_config": {},
         "transform_config": {},
     }
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own: the experts of a layer are views of one."""
+    return tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.contiguous().clone()
 
 
 def packable(model: nn.Module) -> bool:

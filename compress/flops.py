@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.outputs import inputs
+from compress_kernels.packing import held
 
 
 def count(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
@@ -27,7 +28,7 @@ def count(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 
 
 def memory(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """Bytes of the weights, plus the most bytes that the tensors of one forward held at the same time.
+    """Bytes of the weights with their packed forms, plus the most that the tensors of one forward held at a time.
 
     On CUDA the allocator tells the second part. Elsewhere every tensor is followed from the operation that made it to
     its end, so a second run gives the same figure; scratch space inside one operation is not seen.
@@ -42,7 +43,7 @@ def memory(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
             return sum(weights.values()) + torch.cuda.max_memory_allocated(device) - before
         with Living() as living:
             model(**call)
-    return sum(weights.values()) + living.peak
+    return sum(weights.values()) + held(model.parameters()) + living.peak
 
 
 class Living(TorchDispatchMode):

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from compress.errors import CompressError
+from compress.checkpoint import stored_dtypes
+from compress.errors import CompressError, one_of
 
 DENOISERS = ("transformer", "unet", "prior")  # components of a diffusers pipeline that a recipe compresses
 
@@ -51,8 +52,8 @@ class Source:
         """The model as it was: read again from its folder (memory-mapped), or the copy made of a user's object."""
         if self.untouched is None:
             assert self.folder is not None
-            fresh = open_source(str(self.folder), device=self.device, dtype=self.dtype)
-            self.untouched = fresh.model
+            folder = self.folder / self.component if self.component else self.folder
+            self.untouched = open_source(str(folder), device=self.device, dtype=self.dtype).model
         return self.untouched
 
 
@@ -72,8 +73,8 @@ def open_source(name: str, *, device: str | None = None, dtype: str | None = Non
         config = _json(folder / "config.json") if (folder / "config.json").exists() else {}
         if not isinstance(config, dict):
             raise CompressError(f"{folder / 'config.json'}: is no mapping, it must be a model's config")
-        if "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method")
+        if quantized := config.get("quantization_config"):
+            method = quantized.get("quant_method")
             raise CompressError(f"{name}: is already compressed ({method}); give the original model")
         if "_class_name" in config:
             source.library, source.model = "diffusers", _diffusers(folder, dtype, meta)
@@ -86,7 +87,7 @@ def open_source(name: str, *, device: str | None = None, dtype: str | None = Non
     source.model.eval()
     if device and not meta:
         try:
-            source.model.to(device)
+            (source.pipeline or source.model).to(device)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
             raise CompressError(f"--device is {device}: {str(error).splitlines()[0]}") from error
     return source
@@ -118,8 +119,8 @@ def _folder(name: str, configs_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model"]
-    patterns += [] if configs_only else ["*.safetensors", "*/*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]  # a star also takes folders
+    patterns += [] if configs_only else ["*.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -163,43 +164,60 @@ def _transformers(folder: Path, config: dict, dtype: str | None, meta: bool) -> 
         wanted = _dtype(dtype if dtype not in (None, "auto") else config.get("dtype") or config.get("torch_dtype"))
         with _loading(folder), torch.device("meta"):
             loaded = transformers.AutoConfig.from_pretrained(folder)
-            model = cls._from_config(loaded) if names[0] != "AutoModel" else cls.from_config(loaded)
+            # Experts: on meta the usual grouped product knows bfloat16 only.
+            make = cls.from_config if names[0] == "AutoModel" else cls._from_config
+            model = make(loaded, **({} if wanted == torch.bfloat16 else {"experts_implementation": "batched_mm"}))
         return model if wanted == "auto" else model.to(wanted)
     if not any(folder.glob("*.safetensors")):
         raise CompressError(f"{folder}: has no safetensors weights, other formats are not read")
     wanted = _dtype(dtype)
     with _loading(folder):
-        return cls.from_pretrained(folder, dtype=wanted, use_safetensors=True)
+        model, facts = cls.from_pretrained(folder, dtype=wanted, use_safetensors=True, output_loading_info=True)
+    _complete(folder, facts)
+    return model
 
 
 def _diffusers(folder: Path, dtype: str | None, meta: bool) -> nn.Module:
     import diffusers
 
     config = _json(folder / "config.json")
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise CompressError(f"{folder}: is already compressed; give the original model")
     cls = getattr(diffusers, config.get("_class_name", ""), None)
     if cls is None:
         raise CompressError(f"{folder}: diffusers {diffusers.__version__} has no class {config.get('_class_name')}")
     if meta:
         with _loading(folder), torch.device("meta"):
-            return cls.from_config(config)
+            return cls.from_config(config).to(_stored(folder, dtype))
     if not any(folder.glob("*.safetensors")):
         raise CompressError(f"{folder}: has no safetensors weights, other formats are not read")
-    wanted = _dtype(dtype)
     with _loading(folder):
-        return cls.from_pretrained(
-            folder, use_safetensors=True, **({} if wanted == "auto" else {"torch_dtype": wanted})
+        model, facts = cls.from_pretrained(
+            folder, use_safetensors=True, dtype=_stored(folder, dtype), output_loading_info=True
         )
+    _complete(folder, facts)
+    return model
+
+
+def _stored(folder: Path, dtype: str | None) -> torch.dtype:
+    """The dtype that was asked for, or that of the files, which diffusers does not look at."""
+    wanted = _dtype(dtype)
+    return stored_dtypes(folder)["default"] if wanted == "auto" else wanted
+
+
+def _complete(folder: Path, facts: dict) -> None:
+    """Refuse weights that are not all there: the libraries make up the others, each time anew."""
+    if missing := sorted(facts["missing_keys"]):
+        raise CompressError(f"{folder}: the files hold no {one_of(missing, 3)}, they must hold all weights")
 
 
 def _pipeline(folder: Path, component: str, model: nn.Module, dtype: str | None):
     import diffusers
 
     wanted = _dtype(dtype)
-    extra = {} if wanted == "auto" else {"torch_dtype": wanted}
+    wanted = stored_dtypes(folder) if wanted == "auto" else wanted
     with _loading(folder):
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **{component: model}, **extra)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **{component: model}, dtype=wanted)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

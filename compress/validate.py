@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compress.checkpoint import model_folders, weight_files
 from compress.compare import COMPARE, Batch, Sum, psnr
 from compress.data import placed
 from compress.emit import tensor_bytes, weight_count
@@ -123,8 +124,8 @@ def default_metrics(model: nn.Module, batches: list[Batch], sampler: Sampler | N
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files below a folder; variants such as model.fp16.safetensors do not count."""
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors") if path.name.count(".") == 1)
+    """Bytes of the weight files of a model or of all parts of its pipeline; variants (model.fp16) do not count."""
+    return sum(path.stat().st_size for part in model_folders(folder) for path in weight_files(part))
 
 
 def _kind(model: nn.Module, output, batch: Batch) -> str:

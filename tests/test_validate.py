@@ -192,8 +192,11 @@ def test_every_measure_is_named_and_default_ones_can_be_taken():
 
 def test_size_counts_weight_files_once(tmp_path):
     (tmp_path / "unet").mkdir()
-    for file in ("model-00001-of-00002.safetensors", "unet/model.safetensors", "model.fp16.safetensors", "config.json"):
+    here = ("model-00001-of-00002.safetensors", "model.fp16.safetensors", "recorded.safetensors", "config.json")
+    for file in (*here, "unet/diffusion_pytorch_model.safetensors"):
         (tmp_path / file).write_bytes(b"12345")
+    assert weight_bytes(tmp_path) == 5
+    (tmp_path / "model_index.json").write_text("{}")
     assert weight_bytes(tmp_path) == 10
     assert measure(["size"], Table(), Table(), [], folder=tmp_path) == {"size": 10}
 
@@ -225,6 +228,15 @@ def test_flops_on_meta_are_those_with_weights(name):
     expected = count(model, batch)
     assert count(model.to("meta"), batch) == expected > 0
     assert memory(model, batch) > sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_memory_counts_what_a_quantized_layer_keeps_packed():
+    layer = Int8Linear.from_linear(nn.Linear(64, 64, bias=False))
+    batch = {"x": torch.randn(4, 64)}
+    codes = layer.weight.nbytes
+    once = memory(layer, batch)
+    layer(**batch)
+    assert memory(layer, batch) == once >= 2 * codes + layer.weight_scale.nbytes
 
 
 def test_memory_by_hand():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # A form cannot live on the module: under torch.compile an operator is handed the module's tensors and nothing else.
@@ -20,3 +21,9 @@ def packed(weight: Tensor, build: Callable[[], Any]) -> Any:
     if found is None or found[0] != stamp:
         found = _forms[weight] = (stamp, build())
     return found[1]
+
+
+def held(weights: Iterable[Tensor]) -> int:
+    """Bytes of the forms that are kept of these weights."""
+    forms = [_forms[weight][1] for weight in weights if weight in _forms]
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(forms))
