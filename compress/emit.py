@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from compress.card import card
 from compress.checkpoint import seal
@@ -48,19 +50,20 @@ def probe_inputs(model: nn.Module, batch: dict | None, tokens: int = 32) -> dict
     """One example of real data without its padding, cut short; without data a made-up one."""
     if batch is None:
         return example(model)
-    cut = dict(inputs(batch))
-    tensors = {name: value for name, value in cut.items() if isinstance(value, Tensor) and value.dim()}
-    rows = len(next(iter(tensors.values())))
-    mask = cut.get("attention_mask")
+    whole = inputs(batch)
+    rows = next(len(value) for value in whole.values() if isinstance(value, Tensor) and value.dim())
+    mask = whole.get("attention_mask")
     row = int(mask.sum(1).argmax()) if mask is not None and mask.dim() == 2 else 0
-    for name, value in tensors.items():
-        if len(value) != rows:  # positions and the like have no row per example
-            continue
-        cut[name] = value[row : row + 1]
-        if value.dim() == 2 and not value.is_floating_point():
-            real = mask[row].bool() if mask is not None and mask.shape == value.shape else slice(None)
-            cut[name] = cut[name][:, real][:, :tokens]
-    return cut
+
+    def cut(value):
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != rows:
+            return value  # positions and the like have no row per example
+        if value.dim() != 2 or value.is_floating_point():
+            return value[row : row + 1]
+        real = mask[row].bool() if mask is not None and mask.shape == value.shape else slice(None)
+        return value[row : row + 1][:, real][:, :tokens]
+
+    return tree_map(cut, whole)
 
 
 def describe(report: Report, folder: Path, recipe: Recipe, source: Source) -> None:
@@ -74,11 +77,14 @@ def describe(report: Report, folder: Path, recipe: Recipe, source: Source) -> No
 
 
 def _license(source: Source) -> str | None:
-    """The licence that the original's card states."""
+    """The licence that the original's card states; None where it cannot be read."""
     from huggingface_hub import ModelCard
 
     path = source.folder and source.folder / "README.md"
-    return ModelCard.load(path).data.get("license") if path and path.exists() else None
+    try:
+        return ModelCard.load(path).data.get("license") if path and path.exists() else None
+    except (ValueError, yaml.YAMLError):
+        return None
 
 
 def bytes_by_block(source: Source) -> dict[str, tuple[float, float]]:

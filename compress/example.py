@@ -22,8 +22,10 @@ def example(model: nn.Module, tokens: int = 16, batch: int = 1, seed: int = 0) -
 
 def _tensor(value, parameter: Tensor, generator: torch.Generator):
     """A shape becomes noise, (shape, high) becomes integers below high, anything else stays."""
+    if value is None:
+        return None
     if isinstance(value, dict):
-        return value
+        return {name: _tensor(entry, parameter, generator) for name, entry in value.items()}
     if isinstance(value, Tensor):
         return value.to(parameter.device)
     shape, high = value
@@ -98,5 +100,17 @@ def _denoiser(model, batch: int) -> dict:
     elif "class_labels" in names and classes and getattr(config, "norm_type", "") == "ada_norm_zero":
         arguments["class_labels"] = ((batch,), classes)
     if "added_cond_kwargs" in names:
-        arguments["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        arguments["added_cond_kwargs"] = _conditions(config, batch)
     return arguments
+
+
+def _conditions(config, batch: int) -> dict:
+    """The entries of `added_cond_kwargs`: pooled text and sizes of an SDXL UNet, sizes of a large PixArt."""
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        times = 6
+        width = config.projection_class_embeddings_input_dim - times * config.addition_time_embed_dim
+        return {"text_embeds": ((batch, width), None), "time_ids": ((batch, times), None)}
+    sizes = getattr(config, "use_additional_conditions", None)
+    sizes = getattr(config, "sample_size", None) == 128 if sizes is None else sizes  # as PixArt decides
+    shapes = {"resolution": ((batch, 2), None), "aspect_ratio": ((batch, 1), None)}
+    return shapes if sizes else dict.fromkeys(shapes)

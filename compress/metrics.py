@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 TASK = "lm_eval."  # begins the name of a task of the lm-evaluation-harness
+RELATIVE = ("kl", "relative_error")  # 0 for the original, so that no ratio to it can be a limit
 TASKS = r"lm_eval\.\w[\w./+-]*"
 
 

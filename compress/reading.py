@@ -30,6 +30,10 @@ class Sample:
 def samples_in(spec: str, *, column: str | None = None, split: str | None = None) -> list[Sample]:
     """The samples of a file, a folder or a dataset of the hub, in their order there."""
     path = Path(spec).expanduser()
+    if split is not None and path.is_file():
+        raise CompressError(f"data: {spec} is one file and has no splits; leave split out")
+    if column is not None and (path.is_dir() or path.is_file() and path.suffix.lower() not in TABLES):
+        raise CompressError(f"data: {spec} is no table and has no columns; leave column out")
     if path.is_dir():
         samples = _folder(path, split)
     elif path.is_file():

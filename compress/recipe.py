@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from compress.check import check, fields, unknown
 from compress.errors import CompressError, did_you_mean, one_of
 from compress.marks import Page, Writer, show, word
-from compress.metrics import METRICS, TASK, TASKS
+from compress.metrics import METRICS, RELATIVE, TASK, TASKS
 from compress.sections import LIMIT, Data, Emit, Limit, Section, Step, Validation
 from compress.transform import FAMILIES, card, find, names
 
@@ -145,7 +145,9 @@ def _validation(page: Page, data: Any, path: tuple) -> Validation | None:
             _no_metric(page, (*path, key))
             continue
         try:
-            limits[key] = Limit.read(value)
+            limits[key] = limit = Limit.read(value)
+            if limit and limit.kind == "ratio" and key in RELATIVE:
+                raise CompressError("it must be a number, for before it is 0")
         except CompressError as error:
             page.refuse((*path, key), f"validate: {key} is {show(value)}, {error}")
     checked = check(page, Validation, samples, path, "validate")

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from compress.align import align_model
 from compress.checkpoint import check_files, load
@@ -29,11 +30,25 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 def write_probe(model: nn.Module, inputs: dict, folder: Path) -> None:
     """Keep the inputs and what the model in memory answers to them."""
     align_model(model)
-    tensors = {f"input.{name}": value.cpu().contiguous() for name, value in inputs.items() if isinstance(value, Tensor)}
-    others = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
+    tensors, others = split(inputs)
+    tensors = {f"input.{name}": value.cpu().contiguous() for name, value in tensors.items()}
     tensors["output"] = _sample(_ask(model, inputs))
     facts = json.dumps({"device": next(model.parameters()).device.type, "inputs": others})
     save_file(tensors, folder / PROBE, metadata={"facts": facts})  # one entry: the order of several is random
+
+
+def split(inputs: dict) -> tuple[dict[str, Tensor], dict]:
+    """The tensors among the inputs by name, those of a dict argument as `argument.entry`; and all else."""
+    tensors, others = {}, {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict):
+            found, others[name] = split(value)
+            tensors |= {f"{name}.{inner}": tensor for inner, tensor in found.items()}
+        else:
+            others[name] = value
+    return tensors, others
 
 
 def verify(folder: str | Path) -> dict:
@@ -58,7 +73,10 @@ def compare(folder: Path) -> dict:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = json.loads(file.metadata()["facts"])
     expected = tensors.pop("output")
-    inputs = facts["inputs"] | {name.removeprefix("input."): value for name, value in tensors.items()}
+    inputs = facts["inputs"]
+    for name, value in tensors.items():
+        argument, _, entry = name.removeprefix("input.").partition(".")
+        inputs |= {argument: inputs.get(argument, {}) | {entry: value}} if entry else {argument: value}
     if facts["device"] == "cuda" and torch.cuda.is_available():  # other devices round differently
         model.to("cuda")
     got = _sample(_ask(model.eval(), inputs))
@@ -76,7 +94,7 @@ def compare(folder: Path) -> dict:
 def _ask(model: nn.Module, inputs: dict) -> Tensor:
     """The model's answer on one thread: how work is split among several, and so the rounding, is up to chance."""
     device = next(model.parameters()).device
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    moved = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, inputs)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -161,6 +161,7 @@ BY_HAND = [
     (STEPS + "validate: {kl: x}\n", "4:16", "kl is 'x'"),
     (STEPS + "validate: {kl: 0x}\n", "4:16", "kl is '0x'"),
     (STEPS + "validate: {kl: +1.05x}\n", "4:16", "kl is '+1.05x'"),
+    (STEPS + "validate: {kl: 1.05x}\n", "4:16", "kl is '1.05x', it must be a number, for before it is 0"),
     (STEPS + "validate: {kl: false}\n", "4:16", "kl is false"),
     (STEPS + "validate: {kl: [0.1]}\n", "4:16", "kl is a list"),
     (STEPS + "validate: {kl: 10%}\n", "4:16", "kl is '10%'"),

@@ -275,6 +275,9 @@ def test_batches_take_the_models_dtype(read):
         (lambda path: filled(path / "p.parquet", b"x"), "is no parquet file"),
         (lambda path: filled(path / "d" / "a.dat").parent, "holds neither images in class folders nor texts"),
         (lambda path: write(path / "n.jsonl", [{"text": 7}]), "text of row 1 is a int, it must be a text or an image"),
+        (lambda path: (filled(path / "t.txt"), {"split": "test"}), "is one file and has no splits"),
+        (lambda path: (filled(path / "t.txt"), {"column": "text"}), "is no table and has no columns"),
+        (lambda path: (filled(path / "d" / "t.txt").parent, {"column": "text"}), "is no table and has no columns"),
         (lambda path: [3.5], "an item is a float"),
         (lambda path: [], "holds no sample"),
         (lambda path: [{"input_ids": 3}], "an item holds no tensor"),
@@ -284,8 +287,10 @@ def test_batches_take_the_models_dtype(read):
     ],
 )
 def test_refusals_are_one_line(read, tmp_path, make, message):
+    given = make(tmp_path)
+    spec, options = given if isinstance(given, tuple) else (given, {})
     with pytest.raises(CompressError, match=message) as caught:
-        read(make(tmp_path), encoder())
+        read(spec, encoder(), **options)
     assert "\n" not in str(caught.value)
 
 

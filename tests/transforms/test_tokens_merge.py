@@ -460,3 +460,9 @@ def test_masks_it_cannot_follow_are_refused():
     merged = compressed(bert(), ratio=0.3)
     with pytest.raises(CompressError, match="it must be for all 12 tokens"):
         merged.encoder(models.noise(2, 12, 32), attention_mask=torch.ones(2, 12))
+
+
+def test_a_share_and_a_count_exclude_each_other():
+    model, _ = models.MODELS["vit"]()
+    with pytest.raises(CompressError, match="ratio and r are both given"):
+        Merge(ratio=0.25, r=2).plan(View(model))

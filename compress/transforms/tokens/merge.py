@@ -49,6 +49,8 @@ class Merge(Transform):
     similarity: Literal["cosine", "euclidean"] = Field("cosine", description="which tokens count as alike")
 
     def plan(self, view: View) -> Plan:
+        if self.r is not None and "ratio" in self.model_fields_set:
+            raise CompressError("tokens.merge: ratio and r are both given, it must be one of them")
         if self.r == 0:
             return Plan({})
         found = around(view) if view.library == "diffusers" else after(view)
