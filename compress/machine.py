@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 
-def hardware() -> dict[str, Any]:
-    """What the numbers were measured on."""
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured on; a GPU only where the model was on it."""
     facts = {"cpu": _cpu(), "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
 
 

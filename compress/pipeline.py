@@ -118,8 +118,8 @@ def carry_out(
         steps = [row["record"] for row in rows]
         report = Report(
             model=source.name, recipe=recipe.name, format="", why_format="", steps=[row["ledger"] for row in rows],
-            measures=[], verified={}, hardware=hardware(), versions=versions(), seconds=0.0,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            measures=[], verified={}, hardware=hardware(next(source.model.parameters()).device), versions=versions(),
+            seconds=0.0, created=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         stage = None
         if journal is not None:
@@ -144,8 +144,8 @@ def carry_out(
 def plan(model: str | Path | nn.Module, recipe: str | Path | dict | Recipe, *, dtype: str | None = None) -> list[dict]:
     """What every step would take and how the model would stand after it; on an empty model, nothing is touched."""
     recipe = as_recipe(recipe)
-    source = adopt(model) if isinstance(model, nn.Module) else open_source(str(model), meta=True, dtype=dtype)
-    if isinstance(model, nn.Module):
+    source = as_source(model, None, None, dtype, meta=True)
+    if source.adopted:
         source.model = source.untouched.to("meta")
     return plan_steps(source, recipe, memory)
 
@@ -186,11 +186,16 @@ def as_recipe(recipe: str | Path | dict | Recipe) -> Recipe:
     return Recipe.make(recipe) if isinstance(recipe, dict) else Recipe.read(recipe)
 
 
-def as_source(model, processor, device: str | None, dtype: str | None) -> Source:
+def as_source(model, processor, device: str | None, dtype: str | None, meta: bool = False) -> Source:
     """Open a model by name, or adopt the user's object."""
+    kind = type(model).__name__
     if isinstance(model, nn.Module):
+        if device or dtype:
+            raise CompressError(f"{kind}: device and dtype are for models by name; move or cast the object before")
         return adopt(model, processor)
-    source = open_source(str(model), device=device, dtype=dtype)
+    if not isinstance(model, (str, Path)):
+        raise CompressError(f"{kind}: is no model; give a hub id, a folder or a torch module (of a pipeline, a part)")
+    source = open_source(str(model), device=device, dtype=dtype, meta=meta)
     source.own_processor = processor
     return source
 

@@ -133,10 +133,12 @@ class Report:
         return [(step["use"], *(human(step[key], unit) for key, unit in units.items())) for step in self.steps]
 
     def remarks(self) -> list[str]:
-        """What the numbers alone would hide: notes of measures and modules that a step refused."""
+        """What the numbers alone would hide: notes of measures, modules left alone, globs that name nothing."""
         lines = [f"{measure.name}: {measure.note}" for measure in self.measures if measure.note]
         for step in self.steps:
             if refused := step["notes"].get("refused"):
                 told = one_of([f"{path} ({why})" for path, why in refused.items()], 3)
                 lines.append(f"{step['use']} left alone: {told}")
+            if names := step["notes"].get("idle"):
+                lines.append(f"{step['use']}: names no module: {one_of(names, 3)}")
         return lines

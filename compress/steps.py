@@ -6,13 +6,14 @@ import math
 import random
 import time
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 
 import numpy
 import torch
 from torch import Tensor, nn
 
 from compress.emit import probe_inputs, tensor_bytes, weight_count
-from compress.errors import CompressError, one_of
+from compress.errors import CompressError, did_you_mean, one_of
 from compress.flops import count
 from compress.journal import Journal
 from compress.outputs import relative_error, run
@@ -65,7 +66,7 @@ def run_step(model: nn.Module, step: Step, batches: list[dict], before: list[dic
         plan = step.method.calibrate(View(model), plan, batches)
         if not plan.edits:
             raise CompressError(f"{step.where}: {step.use} changed nothing on this data")
-    kept = record(model, step.use, plan)
+    kept, notes = record(model, step.use, plan), plan.notes | idle(model, step.method)
     masked = answer_when_masked(model, step.method, plan, probe)
     model.compressed_by = step.use  # a second run on this object would not know of the first
     step.method.apply(View(model), plan)
@@ -75,7 +76,7 @@ def run_step(model: nn.Module, step: Step, batches: list[dict], before: list[dic
         "use": step.use,
         "options": step.method.model_dump(mode="json", by_alias=True, exclude_defaults=True),
         "modules": list(plan.edits),
-        "notes": plan.notes,
+        "notes": notes,
         "seconds": time.monotonic() - started,
     }
     return {"record": kept, "ledger": ledger}
@@ -85,11 +86,12 @@ def run_step(model: nn.Module, step: Step, batches: list[dict], before: list[dic
 def answer_when_masked(model: nn.Module, method: Transform, plan: Plan, probe: dict) -> Tensor | None:
     """What the model answers when that which is to go is masked instead; the model is left as it was."""
     before = dict(model.named_parameters())  # masking puts other tensors in their place
-    answered = run(model, probe) if method.mask(View(model), plan) else None
-    for name, parameter in before.items():
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, parameter)
-    return answered
+    try:
+        return run(model, probe) if method.mask(View(model), plan) else None
+    finally:
+        for name, parameter in before.items():
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, parameter)
 
 
 @torch.no_grad()
@@ -124,6 +126,18 @@ def planned(model: nn.Module, step: Step, before: list[dict]) -> Plan:
     return plan
 
 
+def idle(model: nn.Module, method: Transform) -> dict[str, list[str]]:
+    """A note of the globs that name no module: what they were to take or to spare may be called otherwise."""
+    paths = [path for path, _ in model.named_modules()]
+    found = [
+        f"{key} {glob}{did_you_mean(glob, paths)}"
+        for key, globs in (("only", method.only), ("except", method.skip))
+        for glob in globs
+        if not any(fnmatchcase(path, glob) for path in paths)
+    ]
+    return {"idle": found} if found else {}
+
+
 def standing(model: nn.Module, probe: dict, reference: Tensor | None) -> dict:
     """How the model stands: parameters, bytes, FLOPs on the probe, relative error of its answers."""
     facts = {
@@ -153,9 +167,9 @@ def plan_steps(source: Source, recipe: Recipe, peak: Callable[[nn.Module, dict],
     for step in recipe.steps:
         before = [row for row in rows if "record" in row]
         plan = planned(source.model, step, before)
-        kept = record(source.model, step.use, plan)
+        kept, notes = record(source.model, step.use, plan), plan.notes | idle(source.model, step.method)
         step.method.apply(View(source.model), plan)
-        ledger = {"use": step.use, "modules": list(plan.edits), "notes": plan.notes}
+        ledger = {"use": step.use, "modules": list(plan.edits), "notes": notes}
         ledger |= standing(source.model, probe, None) | {"memory": peak(source.model, probe)}
         rows.append({"record": kept, "ledger": ledger})
     return rows

@@ -36,6 +36,8 @@ def print_plan(rows: list[dict[str, Any]], console: Console) -> None:
             console.print(Text(f"{ledger['use']} takes {', '.join(ledger['modules'])}"))
             for path, why in ledger["notes"].get("refused", {}).items():
                 console.print(Text(f"{ledger['use']} leaves {path}: {why}"))
+            for glob in ledger["notes"].get("idle", ()):
+                console.print(Text(f"{ledger['use']}: names no module: {glob}"))
 
 
 def print_inspection(parts: dict[str, Any], console: Console) -> None:
@@ -66,7 +68,7 @@ def print_inspection(parts: dict[str, Any], console: Console) -> None:
     for name, verdict in parts["methods"].items():
         reasons = Counter(verdict["refused"].values())
         why = "; ".join(reason for reason, _ in reasons.most_common(2))
-        table.add_row(name, str(verdict["takes"]) or "-", str(len(verdict["refused"])), why)
+        table.add_row(name, str(verdict["takes"]), str(len(verdict["refused"])), why)
     console.print(table)
 
 

@@ -14,6 +14,7 @@ from compress.checkpoint import check_files
 from compress.emit import weight_count
 from compress.journal import Journal
 from compress.outputs import run
+from compress.source import open_source
 from compress.view import View
 from models import LATENT, MODELS, denoiser, seeded
 
@@ -262,6 +263,9 @@ def test_arguments_that_make_no_sense_are_refused_in_one_line(saved, tmp_path):
         (saved("llama"), {"calibration": []}, "no sample"),
         (saved("llama"), {"calibration": [{"pixels": torch.ones(1, 2)}]}, "takes no pixels|gives? pixels"),
         (saved("llama"), {"device": "abacus"}, "--device is abacus"),
+        (MODELS["llama"]()[0], {"device": "cpu"}, "device and dtype are for models by name"),
+        (MODELS["llama"]()[0], {"dtype": "bfloat16"}, "device and dtype are for models by name"),
+        (object(), {}, "object: is no model"),
         (plain, {}, "Sequential"),
         (compressed, {}, "already compressed"),
         (compress.load(tmp_path / "done"), {}, "already compressed"),
@@ -284,6 +288,60 @@ def test_a_plain_torch_model_is_compressed_in_memory(tmp_path):
     with pytest.raises(CompressError, match="only transformers and diffusers models can be saved"):
         result.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_whole_pipeline_goes_to_the_device(pipeline_folder):
+    source = open_source(str(pipeline_folder), device="meta")
+    assert {source.pipeline.vae.device.type, source.model.device.type} == {"meta"}
+    assert source.original().device.type == "meta"
+
+
+def test_conditions_in_a_dict_are_cut_kept_and_asked_again(tmp_path):
+    """An SDXL UNet takes pooled text and sizes in `added_cond_kwargs`."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    size = {"sample_size": 8, "block_out_channels": (32,), "layers_per_block": 1, "norm_num_groups": 8}
+    size |= {"cross_attention_dim": 16, "attention_head_dim": 4, "addition_embed_type": "text_time"}
+    size |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
+    batch = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([5, 5])}
+    batch |= {"encoder_hidden_states": torch.randn(2, 4, 16)}
+    batch |= {"added_cond_kwargs": {"text_embeds": torch.randn(2, 16), "time_ids": torch.randn(2, 6)}}
+    unet, _ = denoiser("UNet2DConditionModel", {}, **size, **blocks)
+    for number, given in enumerate((None, [batch])):  # made-up inputs and real ones
+        result = compress.compress(
+            copy.deepcopy(unet), {"steps": TWO[1:]}, output=tmp_path / str(number), validation=given
+        )
+        assert result.report.verified["bit_equal"]
+
+
+def test_a_card_that_cannot_be_read_stops_no_run(tmp_path):
+    MODELS["llama"]()[0].save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "README.md").write_text("---\nlicense: [\n---\n")
+    compress.compress(tmp_path / "in", {"steps": TWO[1:]}, output=tmp_path / "out")
+    assert "license:" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_globs_that_name_nothing_are_told(saved, tmp_path):
+    step = TWO[1] | {"except": ["model.layer.0", "lm_head", "model.layers.1.*"]}
+    told = "quantize.int8: names no module: except model.layer.0; did you mean model.layers.0?"
+    report = compress.compress(saved("llama"), {"steps": [step]}, output=tmp_path / "out").report
+    assert told in report.remarks()
+    (row,) = compress.plan(saved("llama"), {"steps": [step]})[1:]
+    assert row["ledger"]["notes"]["idle"] == report.steps[0]["notes"]["idle"] == [told.partition("module: ")[2]]
+
+
+def test_a_masked_model_is_unmasked_also_when_it_fails(monkeypatch):
+    model, batch = MODELS["llama"]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mask = View.mask_heads
+
+    def fail(view, *given):
+        mask(view, *given)
+        raise RuntimeError("the forward does not take this")
+
+    monkeypatch.setattr(View, "mask_heads", fail)
+    with pytest.raises(RuntimeError, match="does not take this"):
+        compress.compress(model, {"steps": [HEADS]}, validation=[batch])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_plan_foretells_the_run_and_touches_nothing(saved):
