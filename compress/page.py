@@ -19,9 +19,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem }
 p { margin: .4rem 0; overflow-wrap: anywhere } .soft, figcaption, th { color: var(--soft) }
 b, td { font-variant-numeric: tabular-nums }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .8rem; margin: 1.2rem 0 }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .8rem; margin: 1.2rem 0 }
 .tile, figure, .grid { background: var(--card); border: 1px solid var(--line); border-radius: 8px }
-.tile { padding: .8rem 1rem } .tile b { display: block; font-size: 1.15rem; white-space: nowrap }
+.tile { padding: .8rem 1rem } .tile b { display: block; font-size: 1.1rem }
 .grid { overflow-x: auto } table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; padding: .45rem .8rem; border-bottom: 1px solid var(--line); vertical-align: top }
 td:not(:nth-child(4)) { white-space: nowrap } tr:last-child td { border-bottom: 0 }

@@ -97,9 +97,13 @@ def _auto_classes(model: nn.Module) -> list[str]:
 
 
 def auto_class(model: nn.Module) -> str:
-    """The most telling name through which users load this model."""
+    """The name through which users load this model: AutoModel for a bare one, else that of its task."""
     if View(model).library != "transformers":
         return type(model).__name__
+    import transformers
+
+    if transformers.AutoModel._model_mapping.get(type(model.config), None) is type(model):
+        return "AutoModel"
     return next((name for name in _auto_classes(model) if name != "AutoModel"), "AutoModel")
 
 

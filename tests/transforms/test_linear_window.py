@@ -103,7 +103,7 @@ def test_blockwise_with_a_padding_mask():
     assert torch.allclose(*ways, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("default")  # the compiler's own warnings are not ours
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("rule", [Band(20, 3, True), Disc(3, 16, 16, 5)])
 def test_flex_is_the_dense_mask(rule):
     tokens = 300 if isinstance(rule, Band) else 270
