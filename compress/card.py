@@ -31,13 +31,14 @@ def card(
     library: str,
     loader: str,
     component: str | None = None,
+    dtype: str | None = None,
     task: str | None = None,
     license: str | None = None,
     dataset: str | None = None,
 ) -> str:
     """README.md: `recipe` is its text to the letter, `loader` the class of `library` whose from_pretrained takes it.
 
-    `component` is the part of a diffusers pipeline that was compressed.
+    `component` is the part of a diffusers pipeline that was compressed, `dtype` one that loading must be told.
     """
     task = task or TASKS.get(loader)
     parts = [
@@ -50,7 +51,7 @@ def card(
         _table(MEASURES, report.measure_rows()),
         *[f"* {_plain(line)}" for line in report.remarks()],
         "## Load it",
-        _loading(report.format, library, loader, component),
+        _loading(report.format, library, loader, component, dtype),
         f"Format: **{_plain(report.format)}**, {_plain(report.why_format)}.",
         "## What each step did",
         "Size, FLOPs and error are those of the model after the step; the error is relative to the original's answers.",
@@ -118,9 +119,9 @@ def _verdict(report: Report) -> str:
     return "\n\n".join(lines)
 
 
-def _loading(format: str, library: str, loader: str, component: str | None) -> str:
-    call = f'model = {loader}.from_pretrained("{PLACE}"'
-    load = f"from {library} import {loader}\n\n{call})"
+def _loading(format: str, library: str, loader: str, component: str | None, dtype: str | None) -> str:
+    cast, torch = (f", dtype=torch.{dtype}", "import torch\n") if dtype else ("", "")
+    load = f'{torch}from {library} import {loader}\n\nmodel = {loader}.from_pretrained("{PLACE}"{cast})'
     if format == "native":
         return fenced(load, "python") + "\n\nNothing but the library is needed."
     if format == "compressed-tensors":
@@ -130,25 +131,26 @@ def _loading(format: str, library: str, loader: str, component: str | None) -> s
             "With `pip install transformer-compress`:",
             fenced(f"import compress  # teaches {library} to load this\n{load}", "python"),
             "Without it, by the code in this repository:",
-            fenced(_untaught(library, loader, component), "python"),
+            fenced(_untaught(library, loader, component, cast, torch), "python"),
         )
     )
 
 
-def _untaught(library: str, loader: str, component: str | None) -> str:
+def _untaught(library: str, loader: str, component: str | None, cast: str, torch: str) -> str:
     """How to load without compress; in diffusers only AutoModel looks for code, and not in the parts of a pipeline."""
     if component is None:
         loader = "AutoModel" if library == "diffusers" else loader
-        return f'from {library} import {loader}\n\nmodel = {loader}.from_pretrained("{PLACE}", trust_remote_code=True)'
+        call = f'{loader}.from_pretrained("{PLACE}"{cast}, trust_remote_code=True)'
+        return f"{torch}from {library} import {loader}\n\nmodel = {call}"
     return f"""import os
 
-from diffusers import AutoModel, {loader}
+{torch}from diffusers import AutoModel, {loader}
 from huggingface_hub import snapshot_download
 
 folder = "{PLACE}"
 folder = folder if os.path.isdir(folder) else snapshot_download(folder)
-part = AutoModel.from_pretrained(f"{{folder}}/{component}", trust_remote_code=True)
-model = {loader}.from_pretrained(folder, {component}=part)"""
+part = AutoModel.from_pretrained(f"{{folder}}/{component}"{cast}, trust_remote_code=True)
+model = {loader}.from_pretrained(folder, {component}=part{cast})"""
 
 
 def _table(columns, rows) -> str:

@@ -6,9 +6,11 @@ import hashlib
 import json
 import re
 from collections import Counter
+from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from compress.errors import CompressError
 from compress.replay import FORMAT
@@ -71,7 +73,7 @@ def load(folder: str | Path, **options):
 
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """The floating dtype of most bytes in the weight files, of a pipeline for each part; where there are none float32.
+    """The dtype of most floating numbers in the weight files, of a pipeline for each part; float32 without any.
 
     As diffusers wants it: by the name of the part, and under `default` for what has no name.
     """
@@ -79,12 +81,11 @@ def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
     for path in model_folders(folder):
         sizes = Counter()
         for file in weight_files(path):
-            with open(file, "rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            for name, entry in header.items():
-                if name != "__metadata__" and entry["dtype"] in FLOATS:
-                    begin, end = entry["data_offsets"]
-                    sizes[entry["dtype"]] += end - begin
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    part = tensors.get_slice(name)
+                    if part.get_dtype() in FLOATS:
+                        sizes[part.get_dtype()] += prod(part.get_shape())
         if sizes:
             dtype = getattr(torch, FLOATS[sizes.most_common(1)[0][0]])
             found["default" if path == folder else path.name] = dtype

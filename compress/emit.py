@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import yaml
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from compress.card import card
-from compress.checkpoint import seal
+from compress.checkpoint import seal, stored_dtypes
 from compress.errors import CompressError
 from compress.example import example
 from compress.formats import choose_format
@@ -71,9 +72,18 @@ def describe(report: Report, folder: Path, recipe: Recipe, source: Source) -> No
     report.write(folder)
     loader = "DiffusionPipeline" if source.component else auto_class(source.model)
     data = recipe.validate_.data if recipe.validate_ else None
-    facts = {"library": source.library, "loader": loader, "component": source.component}
+    facts = {"library": source.library, "loader": loader, "component": source.component, "dtype": told(source, folder)}
     text = card(report, recipe.source, **facts, license=_license(source), dataset=data)
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def told(source: Source, folder: Path) -> str | None:
+    """The dtype that a user must name, since diffusers by itself loads everything as float32."""
+    stored = stored_dtypes(folder)
+    if source.component:
+        stored.pop("default")
+    dtypes = set(stored.values()) if source.library == "diffusers" else set()
+    return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 and torch.float32 not in dtypes else None
 
 
 def _license(source: Source) -> str | None:

@@ -136,11 +136,13 @@ def _image(value) -> Any:
 
 
 def classes(config, samples: list[Sample]) -> dict[str, int]:
-    """The number of each class name: as the config knows it, or the sorted names where there are just as many."""
+    """The number of each class name: as the config knows it, the number that it is, or, of just as many, its place."""
     names = sorted({sample.label for sample in samples if isinstance(sample.label, str)})
     unknown = [name for name in names if name not in config.label2id]
     if not unknown:
         return config.label2id
+    if all(name.isdecimal() and int(name) < config.num_labels for name in names):
+        return {name: int(name) for name in names}
     if len(names) == config.num_labels:
         return {name: number for number, name in enumerate(names)}
     near = did_you_mean(unknown[0], config.label2id)

@@ -21,8 +21,9 @@ from compress.view import View
 
 def choose_format(model: nn.Module, library: str, steps: list[dict], wanted: str) -> tuple[str, str]:
     """The format and why it was taken; CompressError when the user's wish cannot hold this model."""
-    fits = {"compress-plan": "the structure is not an ordinary config of this model"}
     families = {step["use"].split(".")[0] for step in steps}
+    odd = "layers are quantized" if families == {"quantize"} else "the structure is not an ordinary config"
+    fits = {"compress-plan": f"{odd}, which no other format of this model can hold"}
     ordinary = library == "transformers" and families <= {"heads", "quantize"} and native_config(model) is not None
     if ordinary and families == {"heads"}:
         fits["native"] = "the result is an ordinary config of this model"

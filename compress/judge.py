@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compress.emit import tensor_bytes
 from compress.errors import LimitMissed
 from compress.example import example
 from compress.harness import scores
-from compress.measure import Measure
+from compress.measure import Measure, human
 from compress.metrics import TASK, metric
 from compress.progress import Tracked, say
 from compress.recipe import Data, Recipe, Validation
@@ -60,6 +61,9 @@ def measures(source: Source, recipe: Recipe, batches: list[dict], folder: Path |
     before |= scores(recipe.validate_, original, source.processor)
     after |= scores(recipe.validate_, source.model, source.processor)
     found = [Measure(name, before[name], after[name], unit=metric(name).unit) for name in before]
+    size, loaded = next(item for item in found if item.name == "size"), tensor_bytes(original)
+    if not loaded / 1.5 < size.before < loaded * 1.5:
+        size.note = f"the files of the original hold another dtype; as it was loaded it has {human(loaded, 'bytes')}"
     if "latency" in limits:
         found.append(speed(source, batches))
     for item in found:

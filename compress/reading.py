@@ -15,6 +15,7 @@ from compress.errors import CompressError, did_you_mean, one_of
 TABLES = (".jsonl", ".parquet", ".csv", ".tsv")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 KNOWN = (".txt", *TABLES, ".safetensors", *IMAGES)
+SPARE = 64  # texts to read from an iterable for each window that is taken
 LARGEST = 100_000  # rows that are read of a table; it may hold billions
 
 
@@ -49,8 +50,17 @@ def samples_in(spec: str, *, column: str | None = None, split: str | None = None
 
 
 def taken(items: Iterable, number: int) -> list:
-    """The first items of an iterable of the user, as samples or, for dicts of tensors, as they are."""
-    return [_item(item) for item in islice(items, number)]
+    """The first items of an iterable of the user, as samples or, for dicts of tensors, as they are.
+
+    Of texts more than asked for, since it may take several to fill a window of a decoder.
+    """
+    found = []
+    for item in items:
+        found.append(_item(item))
+        is_text = isinstance(found[-1], Sample) and found[-1].text is not None
+        if len(found) >= number * (SPARE if is_text else 1):
+            break
+    return found
 
 
 def _item(item) -> Any:

@@ -204,6 +204,10 @@ def test_images_in_class_folders(read, tmp_path):
     assert found[0]["pixel_values"][:, :, 0, 0].tolist() == [[1, 0, 0], [0, 1, 0]]
     sorted_names = read(tmp_path / "photos", classifier(("LABEL_0", "LABEL_1")), split="train", seed=None)
     assert sorted_names[0]["labels"].tolist() == [0, 1]
+    for name, color in (("2", (0, 255, 0)), ("10", (255, 0, 0))):
+        photo(tmp_path / "numbers" / name / "0.png", color)
+    eleven = classifier(tuple(f"LABEL_{number}" for number in range(11)))
+    assert read(tmp_path / "numbers", eleven, seed=None)[0]["labels"].tolist() == [10, 2]
     with pytest.raises(CompressError, match="no split trian; did you mean train"):
         read(tmp_path / "photos", classifier(), split="trian")
     with pytest.raises(CompressError, match="pear is no class of the model; did you mean pears"):
@@ -248,6 +252,8 @@ def test_items_of_the_user(read):
     assert [item["input_ids"][0, 0].item() for item in read(iter(ready), encoder())] == [0, 1, 2, 3]
     assert read(["w0 w1", "w2"], encoder())[0]["input_ids"].tolist() == [[3, 4], [5, 0]]
     assert read([("w0", 1)], encoder(transformers.BertForSequenceClassification))[0]["labels"].tolist() == [1]
+    (windows,) = read(("w0" for _ in range(40)), decoder(), batch=8)
+    assert windows["input_ids"].shape == (4, 8), "short texts make as many windows as were asked for"
     image = Image.new("RGB", (9, 9), (255, 0, 0))
     assert read([(image, "pear")], classifier())[0]["labels"].tolist() == [1]
     assert set(read([image], classifier())[0]) == {"pixel_values"}

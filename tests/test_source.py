@@ -31,7 +31,10 @@ def test_another_dtype_is_planned_proven_and_loaded(name, saved, tmp_path):
     assert rows["bfloat16"][0]["ledger"]["bytes"] == rows[None][0]["ledger"]["bytes"] / 2
     result = compress.compress(saved(name), INT8, output=tmp_path / "out", dtype="bfloat16")
     assert result.report.verified["bit_equal"]
+    assert "as it was loaded" in result.report.measure("size").note
     assert compress.load(tmp_path / "out").dtype == torch.bfloat16
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("dtype=torch.bfloat16") == card.count("import torch\n") == (2 if name == "dit" else 0)
     wanted = {"dtype": torch.float32}
     assert compress.load(tmp_path / "out", **wanted).dtype == torch.float32
 
