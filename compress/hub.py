@@ -14,6 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from compress.card import PLACE
+from compress.checkpoint import check_files
 from compress.errors import CompressError
 from compress.report import Report
 
@@ -38,6 +39,7 @@ def push(
     report = Report.read(folder)
     if report.verified.get("passed") is not True:
         raise CompressError(f"{folder}: the reload check has not passed; `compress verify {folder}` must pass first")
+    check_files(folder)  # what is pushed is what was verified
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

@@ -17,7 +17,8 @@ from compress.view import View
 
 def inspect(model: str | nn.Module) -> dict[str, Any]:
     """Parts, sizes, and for each method the modules that it takes or why it does not."""
-    source = open_source(model, meta=True) if isinstance(model, str) else adopt(model)
+    source = adopt(model) if isinstance(model, nn.Module) else open_source(str(model), meta=True)
+    source.model = source.untouched or source.model
     view = View(source.model)
     parts = {
         "name": source.name,

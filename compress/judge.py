@@ -16,13 +16,16 @@ from compress.report import Report
 from compress.source import Source
 
 
-def samples(section: Data | None, source: Source, given, seed: int | None) -> list[dict]:
-    """The examples of a section of the recipe, or the user's own; a seed draws them, without one they are the first."""
+def samples(section: Data | None, source: Source, given, seed: int | None, needed: bool = True) -> list[dict]:
+    """The examples of a section of the recipe, or the user's own; a seed draws them, without one they are the first.
+
+    A pipeline makes its own where the recipe has no such section: those that are needed, or one call for a probe.
+    """
     from compress.data import TRAJECTORY, batches
 
-    section = section or (Data() if given is not None or source.pipeline is not None else None)
-    if section is None:
+    if section is None and given is None and source.pipeline is None:
         return []
+    section = section or (Data() if needed or given is not None else Data(samples=1, length=1, batch=1))
     what = given if given is not None else section.data or (TRAJECTORY if source.pipeline is not None else None)
     if what is None:
         return []

@@ -15,7 +15,7 @@ from torch import nn
 
 from compress import emit
 from compress.checkpoint import SIDECAR, check_files, load
-from compress.errors import CompressError
+from compress.errors import CompressError, LimitMissed
 from compress.flops import memory
 from compress.harness import check_tasks
 from compress.journal import Journal, fingerprint, partial
@@ -91,8 +91,9 @@ def compress(
         raise CompressError(f"{source.name}: only transformers and diffusers models can be saved; leave output out")
     check_tasks(recipe.validate_, source.model, source.processor)
     seed_everything(recipe.seed)
-    batches = samples(recipe.calibrate, source, calibration, recipe.seed)
-    held_out = samples(recipe.validate_, source, validation, None)
+    needs_data = any(step.method.needs_data for step in recipe.steps)
+    batches = samples(recipe.calibrate, source, calibration, recipe.seed, needs_data)
+    held_out = samples(recipe.validate_, source, validation, None, False)
     check_measures(source, recipe, held_out)
     data = (batches, held_out)
     if out is None:
@@ -192,6 +193,7 @@ def as_source(model, processor, device: str | None, dtype: str | None, meta: boo
     if isinstance(model, nn.Module):
         if device or dtype:
             raise CompressError(f"{kind}: device and dtype are for models by name; move or cast the object before")
+        model.train(model.training and meta)
         return adopt(model, processor)
     if not isinstance(model, (str, Path)):
         raise CompressError(f"{kind}: is no model; give a hub id, a folder or a torch module (of a pipeline, a part)")
@@ -209,7 +211,11 @@ def already(out: Path, key: str, source: Source, recipe: Recipe) -> Result:
                 journal.discard()
         loaded = load(out)
         model = getattr(loaded, source.component) if source.component else loaded
-        return Result(model, Report.read(out), out, source, recipe, facts["steps"])
+        report = Report.read(out)
+        if report.missed:
+            names = ", ".join(item.name for item in report.missed)
+            raise LimitMissed(f"{out}: is this run's result, emitted by --force in spite of missed limits ({names})")
+        return Result(model, report, out, source, recipe, facts["steps"])
     raise CompressError(
         f"{out}: exists already and is not this run's result; choose another -o or replace it with --force"
     )

@@ -94,7 +94,7 @@ def open_source(name: str, *, device: str | None = None, dtype: str | None = Non
 
 
 def adopt(model: nn.Module, processor=None) -> Source:
-    """Take a model object that the user made; the recipe changes it in place, a copy is kept for comparison."""
+    """Take a model object that the user made, as it is, with a copy for comparison."""
     config = getattr(model, "config", None)
     if hasattr(model, "compressed_by") or getattr(config, "quantization_config", None) is not None:
         raise CompressError(f"{type(model).__name__}: is already compressed; give the original model")
@@ -106,7 +106,7 @@ def adopt(model: nn.Module, processor=None) -> Source:
     name = getattr(config, "_name_or_path", None) or type(model).__name__
     folder = Path(name) if name and Path(str(name)).is_dir() else None
     untouched = copy.deepcopy(model).eval()
-    return Source(str(name), model.eval(), library, folder, own_processor=processor, untouched=untouched, adopted=True)
+    return Source(str(name), model, library, folder, own_processor=processor, untouched=untouched, adopted=True)
 
 
 def _folder(name: str, configs_only: bool) -> Path:

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import HfApi, constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compress.checkpoint import SIDECAR, seal
 from compress.errors import CompressError
 from compress.hub import ATTEMPTS, push
 from fake_hub import FakeHub, Fault, File, Repo
@@ -18,6 +19,7 @@ from test_report import make_card, report
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 ID = "tester/tiny"
+FACTS = {"format": "compress-plan", "library": "transformers", "class": "", "component": None, "steps": []}
 
 
 @pytest.fixture
@@ -37,6 +39,7 @@ def folder(tmp_path):
         (folder / name).write_bytes(b"content of " + name.encode())
     (folder / "README.md").write_text(make_card(report(format="compress-plan")))
     report().write(folder)
+    seal(folder, FACTS)
     return folder
 
 
@@ -57,7 +60,7 @@ def commits(hub, ref="main"):
 def test_push_is_one_private_commit_of_the_whole_folder(hub, folder):
     assert send(hub, folder, private=True, message="hello") == f"{hub.url}/{ID}"
     (commit,) = commits(hub)
-    names = {"README.md", "config.json", "model.safetensors", "report.json", "unet/compressed.safetensors"}
+    names = {"README.md", "config.json", "model.safetensors", "report.json", "unet/compressed.safetensors", SIDECAR}
     assert set(commit.files) == {".gitattributes", *names}
     assert commit.message == "hello" and hub.repos[ID].private
     for name in names - {"README.md"}:
@@ -76,6 +79,9 @@ def test_unchanged_push_makes_no_commit_and_a_change_makes_one(hub, folder):
     send(hub, folder)
     assert len(commits(hub)) == 1
     (folder / "config.json").write_text("{}")
+    with pytest.raises(CompressError, match="config.json: its bytes are not those that were written"):
+        send(hub, folder)
+    seal(folder, FACTS)
     send(hub, folder)
     assert len(commits(hub)) == 2
 
@@ -238,6 +244,7 @@ def test_the_pushed_model_loads_back_bit_equal(hub, folder, tmp_path):
     for stale in ("model.safetensors", "config.json", "unet/compressed.safetensors"):
         (folder / stale).unlink()
     model.save_pretrained(folder)
+    seal(folder, FACTS)
     send(hub, folder, private=True)
     settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "home")}
     switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}

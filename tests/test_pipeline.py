@@ -223,6 +223,9 @@ def test_a_missed_limit_leaves_nothing_and_force_says_missed(saved, tmp_path, ca
     assert "Missed limit: kl" in (out / "README.md").read_text()
     result.report.table(Console(width=160))
     assert "MISSED" in capsys.readouterr().out
+    with pytest.raises(LimitMissed, match="emitted by --force in spite of missed limits .kl"):
+        compress.compress(saved("llama"), recipe, **given)
+    assert out.exists()
 
 
 MENDABLE = {
@@ -288,6 +291,24 @@ def test_a_plain_torch_model_is_compressed_in_memory(tmp_path):
     with pytest.raises(CompressError, match="only transformers and diffusers models can be saved"):
         result.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_records_no_more_than_the_recipe_needs(pipeline_folder, monkeypatch):
+    rows = []
+
+    def record(source, samples, length, batch, seed):
+        rows.append(samples * length * batch)
+        return [batch_of("dit")]
+
+    monkeypatch.setattr("compress.data.record", record)
+    compress.compress(pipeline_folder, {"steps": TWO[1:]})
+    assert rows == [1, 1]
+
+
+def test_looking_at_a_model_leaves_it_as_it_is():
+    model = MODELS["llama"]()[0].train()
+    assert compress.inspect(model)["flops"] and compress.plan(model, {"steps": TWO[1:]})
+    assert model.training and next(model.parameters()).device.type == "cpu"
 
 
 def test_a_whole_pipeline_goes_to_the_device(pipeline_folder):
