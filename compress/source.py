@@ -40,7 +40,8 @@ class Source:
     @cached_property
     def processor(self):
         """The tokenizer or image processor saved beside the model, or None."""
-        return self.own_processor or (self.folder and _processor(self.folder))
+        sees = getattr(self.model, "main_input_name", None) == "pixel_values"
+        return self.own_processor or (self.folder and _processor(self.folder, sees))
 
     def files(self) -> list[Path]:
         """The configs and weights of the model in its folder, or of all parts of its pipeline."""
@@ -206,8 +207,11 @@ def _stored(folder: Path, dtype: str | None) -> torch.dtype:
 
 
 def _complete(folder: Path, facts: dict) -> None:
-    """Refuse weights that are not all there: the libraries make up the others, each time anew."""
-    if missing := sorted(facts["missing_keys"]):
+    """Refuse weights that are not all there: the libraries make up the others, each time anew.
+
+    Sentence encoders often come without a pooler; their answers are read before it.
+    """
+    if missing := sorted(name for name in facts["missing_keys"] if "pooler" not in name.split(".")):
         raise CompressError(f"{folder}: the files hold no {one_of(missing, 3)}, they must hold all weights")
 
 
@@ -222,10 +226,12 @@ def _pipeline(folder: Path, component: str, model: nn.Module, dtype: str | None)
     return pipeline
 
 
-def _processor(folder: Path):
-    """The tokenizer or image processor of a folder, by the files that are there."""
+def _processor(folder: Path, sees: bool):
+    """The tokenizer or image processor of a folder: of both, the one for what the model reads."""
     import transformers
 
+    if sees and (folder / "preprocessor_config.json").exists():
+        return transformers.AutoImageProcessor.from_pretrained(folder)
     if any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return transformers.AutoTokenizer.from_pretrained(folder)
     if (folder / "preprocessor_config.json").exists():

@@ -51,6 +51,14 @@ def test_weights_that_are_not_all_there_are_not_made_up(name, tmp_path):
         open_source(str(tmp_path))
 
 
+def test_an_encoder_without_its_pooler_is_whole(tmp_path):
+    model = MODELS["bert"]()[0]
+    (getattr(model, model.base_model_prefix, model)).pooler = None
+    model.save_pretrained(tmp_path / "in")
+    assert not any("pooler" in name for name in load_file(tmp_path / "in" / "model.safetensors"))
+    assert compress.compress(tmp_path / "in", INT8, output=tmp_path / "out").report.verified["bit_equal"]
+
+
 def test_a_download_takes_all_that_a_result_needs(monkeypatch):
     asked = []
 
@@ -81,3 +89,14 @@ def test_packed_experts_are_planned_and_written(tmp_path):
     recipe = INT8 | {"emit": {"format": "compressed-tensors"}}
     result = compress.compress(tmp_path / "in", recipe, output=tmp_path / "out")
     assert result.report.verified["bit_equal"] and result.report.format == "compressed-tensors"
+
+
+def test_of_two_processors_the_model_decides(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    for name, attribute in (("vit", "image_mean"), ("bert", "convert_tokens_to_ids")):
+        for part in (MODELS[name]()[0], CLIPImageProcessor(), tokenizer):
+            part.save_pretrained(tmp_path / name)
+        assert hasattr(open_source(str(tmp_path / name)).processor, attribute)
