@@ -51,7 +51,9 @@ def cli():
     help="checkpoint format; default the recipe's, else the first that fits",
 )
 @click.option(
-    "--force", is_flag=True, help="replace OUTPUT, start an unfinished run anew, emit in spite of missed limits"
+    "--force",
+    is_flag=True,
+    help="replace OUTPUT or another recipe's unfinished run, emit in spite of missed limits",
 )
 @click.option("--debug", is_flag=True, help="show the trace of an error")
 def run(model, recipe, output, only_plan, repo, private, device, dtype, form, force, debug):

@@ -41,9 +41,7 @@ class Journal:
         self._lock = open(self.folder / LOCK, "w")
         try:
             self._claim()
-            if self.restart:
-                self._clear()
-            self.steps = self._read()
+            self.steps = self._found()
         except BaseException:
             self._lock.close()
             raise
@@ -61,6 +59,16 @@ class Journal:
             ) from None
         except OSError:  # a file system without locks
             pass
+
+    def _found(self) -> list[dict]:
+        """The steps that are done; with `restart` what is damaged or of another run is cleared away."""
+        try:
+            return self._read()
+        except CompressError:
+            if not self.restart:
+                raise
+            self._clear()
+            return []
 
     def _clear(self) -> None:
         (self.folder / RUN).unlink(missing_ok=True)  # first: without it a half-cleared folder holds nothing to go on

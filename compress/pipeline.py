@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 import time
@@ -98,42 +99,49 @@ def compress(
     data = (batches, held_out)
     if out is None:
         return carry_out(source, recipe, data, None, force, started)
-    key = fingerprint(source, data, recipe.source, str(device), str(dtype), recipe.emit.format)
+    steps = [f"{step.use} {step.method.model_dump_json()}" for step in recipe.steps]
+    work = fingerprint(source, data, str(recipe.seed), *steps, str(device), str(dtype))  # limits and format may change
+    key = hashlib.sha256(f"{work} {recipe.emit.format} {recipe.source}".encode()).hexdigest()
     if out.exists() and not force:
         return already(out, key, source, recipe)
-    with Journal(out, key, restart=force) as journal:
-        result = carry_out(source, recipe, data, journal, force, started)
+    with Journal(out, work, restart=force) as journal:
+        result = carry_out(source, recipe, data, journal, force, started, key)
         journal.finish(out)
     result.folder = out
     return result
 
 
 def carry_out(
-    source: Source, recipe: Recipe, data: tuple[list, list], journal: Journal | None, force: bool, started: float
-) -> Result:
-    """Run the steps, write and measure the result, and hold it against its limits; then prove and describe it."""
+    source: Source, recipe: Recipe, data: tuple[list, list], journal: Journal | None, force: bool, started: float,
+    key: str = "",
+) -> Result:  # fmt: skip
+    """Run the steps, write and measure the result, and hold it against its limits; then prove and describe it.
+
+    From the first measure on the steps stay in the journal, whatever fails: another limit or format, or --force, goes
+    on from there.
+    """
     batches, held_out = data
     batch = next(iter(held_out or batches), None)
     try:
         rows = run_steps(source, recipe, batches, batch, journal)
-        steps = [row["record"] for row in rows]
-        report = Report(
-            model=source.name, recipe=recipe.name, format="", why_format="", steps=[row["ledger"] for row in rows],
-            measures=[], verified={}, hardware=hardware(next(source.model.parameters()).device), versions=versions(),
-            seconds=0.0, created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )  # fmt: skip
-        stage = None
-        if journal is not None:
-            stage = journal.stage()
-            facts = {"recipe": recipe.source, "fingerprint": journal.fingerprint}
-            report.format, report.why_format = emit.write(source, stage, steps, batch, recipe.emit, facts)
-        report.layers = emit.bytes_by_block(source)
-        report.measures = measures(source, recipe, held_out, stage)
-        gate(report, force)
     except CompressError:
         if journal is not None:  # the same command would end here again
             journal.discard()
         raise
+    steps = [row["record"] for row in rows]
+    report = Report(
+        model=source.name, recipe=recipe.name, format="", why_format="", steps=[row["ledger"] for row in rows],
+        measures=[], verified={}, hardware=hardware(next(source.model.parameters()).device), versions=versions(),
+        seconds=0.0, created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    stage = None
+    if journal is not None:
+        stage = journal.stage()
+        facts = {"recipe": recipe.source, "fingerprint": key}
+        report.format, report.why_format = emit.write(source, stage, steps, batch, recipe.emit, facts)
+    report.layers = emit.bytes_by_block(source)
+    report.measures = measures(source, recipe, held_out, stage)
+    gate(report, force)
     if stage is not None:
         report.verified = emit.prove(stage)
     report.seconds = time.monotonic() - started
@@ -207,7 +215,7 @@ def already(out: Path, key: str, source: Source, recipe: Recipe) -> Result:
     facts = check_files(out)
     if facts.get("fingerprint") == key:
         if partial(out).exists():  # killed after the last rename
-            with Journal(out, key) as journal:
+            with Journal(out, "", restart=True) as journal:
                 journal.discard()
         loaded = load(out)
         model = getattr(loaded, source.component) if source.component else loaded

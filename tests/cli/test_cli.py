@@ -224,7 +224,10 @@ def test_a_mistake_is_told_in_one_line_with_exit_2(case, tell, here, saved):
     lines = [line for line in err.splitlines() if line and not line.startswith(("Usage: ", "Try "))]
     assert code == 2 and message in lines[-1], err
     assert len(lines) == 1 and "Traceback" not in err
-    assert left(here) == before
+    done = (
+        ["llama-small.partial"] if case == "a format that does not fit" else []
+    )  # the steps, which another format goes on from
+    assert sorted(left(here)) == sorted([*before, *done])
 
 
 def test_a_compressed_model_is_not_compressed_again(tell, here, saved):
@@ -251,7 +254,7 @@ def test_a_missed_limit_is_exit_3_and_force_emits(tell, here, saved):
     (here / "strict.yaml").write_text(RECIPE + "validate: {data: rows.safetensors, kl: 0.0}\n")
     code, _, err = tell(saved("llama"), "strict.yaml", "-o", "done")
     assert code == 3 and err.startswith("strict: a limit was missed: kl is ") and len(err.splitlines()) == 1
-    assert left(here) == ["rows.safetensors", "strict.yaml"]
+    assert left(here) == ["done.partial", "rows.safetensors", "strict.yaml"]
     code, out, _ = tell(saved("llama"), "strict.yaml", "-o", "done", "--force")
     assert code == 0 and "MISSED" in out and (here / "done").exists()
 
