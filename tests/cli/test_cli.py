@@ -224,9 +224,8 @@ def test_a_mistake_is_told_in_one_line_with_exit_2(case, tell, here, saved):
     lines = [line for line in err.splitlines() if line and not line.startswith(("Usage: ", "Try "))]
     assert code == 2 and message in lines[-1], err
     assert len(lines) == 1 and "Traceback" not in err
-    done = (
-        ["llama-small.partial"] if case == "a format that does not fit" else []
-    )  # the steps, which another format goes on from
+    # The steps of a run that only needs another format are kept.
+    done = ["llama-small.partial"] if case == "a format that does not fit" else []
     assert sorted(left(here)) == sorted([*before, *done])
 
 
