@@ -85,7 +85,8 @@ def _waterfall(report: Report) -> list[str]:
     """The bytes and the error from the original through the steps."""
     size = report.measure("size")
     known = [step for step in report.steps if step["bytes"] is not None]
-    last = size.before if size and size.before is not None else known[0]["bytes"] if known else 0
+    start = sum(before for before, _ in report.layers.values())  # as it was loaded: a cast is no step's merit
+    last = start or (size.before if size and size.before is not None else known[0]["bytes"] if known else 0)
     rows = [("original", last, last, human(last, "bytes"))] if known else []
     for step in known:
         rows.append((step["use"], last, step["bytes"], human(step["bytes"], "bytes")))

@@ -68,6 +68,11 @@ def open_source(name: str, *, device: str | None = None, dtype: str | None = Non
         source.component = next((part for part in DENOISERS if part in index), None)
         if source.component is None:
             raise CompressError(f"{name}: the pipeline has none of the parts {', '.join(DENOISERS)}")
+        if second := index.get(f"{source.component}_2", [None])[0]:
+            raise CompressError(
+                f"{name}: the pipeline has two denoisers, {source.component} and {source.component}_2 ({second}); "
+                "compress each by its own folder"
+            )
         source.model = _diffusers(folder / source.component, dtype, meta)
         source.pipeline = None if meta else _pipeline(folder, source.component, source.model, dtype)
     else:

@@ -170,6 +170,7 @@ WRONG = {
     "an unheard model": (["unheard", "small.yaml", "--plan"], "unheard"),
     "an unheard class": (["noclass", "small.yaml"], "has no class HoloForm"),
     "an unheard denoiser": (["nodenoiser", "small.yaml"], "has no class Denoise"),
+    "a pipeline with two denoisers": (["two", "small.yaml"], "two: the pipeline has two denoisers, transformer and"),
     "a pipeline without denoiser": (["nopart", "small.yaml"], "nopart: the pipeline has none of the parts"),
     "an unknown option": (["{llama}", "small.yaml", "--fast"], "No such option"),
     "an unknown format": (["{llama}", "small.yaml", "--format", "onnx"], "'onnx' is not one of"),
@@ -201,6 +202,7 @@ def terrible_folders(here, saved):
         "nodenoiser": {"_class_name": "Denoise"},
         "nojson": None,
         "nopart": None,
+        "two": None,
     }
     for name, content in contents.items():
         (here / name).mkdir()
@@ -210,6 +212,8 @@ def terrible_folders(here, saved):
     (here / "nopart" / "model_index.json").write_text(
         '{"_class_name": "DiTPipeline", "vae": ["diffusers", "AutoencoderKL"]}'
     )
+    wan = ["diffusers", "WanTransformer3DModel"]
+    (here / "two" / "model_index.json").write_text(json.dumps({"transformer": wan, "transformer_2": wan}))
     torch.save({}, here / "bin" / "pytorch_model.bin")
     weights = (saved("llama") / "model.safetensors").read_bytes()
     (here / "cut" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
