@@ -249,7 +249,7 @@ def test_page_is_self_contained_and_escaped():
 
 
 def test_page_draws_what_was_measured():
-    text = page(report(layers={"layers.0": (10.0, 5.0)}))
+    text = page(report(layers={"layers.0": (4000.0, 2000.0)}))
     assert re.findall("<figcaption>(.*?)</figcaption>", text) == [
         "Size after each step",
         "Error against the original after each step",
