@@ -11,8 +11,6 @@ import importlib.abc
 import importlib.machinery
 import sys
 
-METHOD = "compress-plan"
-
 
 def register() -> None:
     """Register our quantizers in the libraries that are imported, and on import in those that are not yet."""
@@ -24,7 +22,7 @@ def register() -> None:
 
 
 def _transformers(registry) -> None:
-    from compress.hf_transformers import PlanConfig, PlanQuantizer, preferring_ours
+    from compress.hf_transformers import METHOD, PlanConfig, PlanQuantizer, preferring_ours
 
     configs = registry.AUTO_QUANTIZATION_CONFIG_MAPPING
     if METHOD not in configs:
@@ -34,10 +32,10 @@ def _transformers(registry) -> None:
 
 
 def _diffusers(registry) -> None:
-    from compress.hf_diffusers import PlanConfig, PlanQuantizer
+    from compress.hf_diffusers import Method, PlanConfig, PlanQuantizer
 
-    registry.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, PlanConfig)
-    registry.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, PlanQuantizer)
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(Method.PLAN.value, PlanConfig)
+    registry.AUTO_QUANTIZER_MAPPING.setdefault(Method.PLAN.value, PlanQuantizer)
 
 
 _LIBRARIES = {"transformers.quantizers.auto": _transformers, "diffusers.quantizers.auto": _diffusers}

@@ -7,6 +7,8 @@ many name parts lie between that parameter and the module.
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 
 from compress.errors import CompressError
@@ -18,7 +20,11 @@ FORMAT = 1  # of the record in a checkpoint; a reader refuses newer ones
 
 def record(model: nn.Module, use: str, plan: Plan) -> dict:
     """The JSON form of one step, taken before the step is applied."""
-    edits = [{**_anchor(model, path), "edit": edit} for path, edit in plan.edits.items()]
+    renamings = _renamings(model, saving=True) if keeps_disk_names(model) else []
+    edits = []
+    for path, edit in plan.edits.items():
+        back = [renaming.reverse_transform() for renaming in reversed(renamings)]  # some remember the names they saw
+        edits.append({**_anchor(model, path, back), "edit": edit})
     return {"use": use, "edits": edits}
 
 
@@ -26,20 +32,15 @@ def replay(model: nn.Module, steps: list[dict], version: int = FORMAT) -> None:
     """Apply recorded steps to a freshly built model, usually on the meta device."""
     if version > FORMAT:
         raise CompressError(f"the checkpoint has record format {version}, this compress reads up to {FORMAT}: upgrade")
+    renamings, prefix = _renamings(model, saving=False), getattr(model, "base_model_prefix", "") or ""
     for step in steps:
-        plan = Plan({path: entry["edit"] for entry in step["edits"] if (path := _path(model, entry)) is not None})
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        found = [(_path(names, prefix, entry, copy.deepcopy(renamings)), entry["edit"]) for entry in step["edits"]]
+        plan = Plan({path: edit for path, edit in found if path is not None})
         if step["edits"] and not plan.edits:
             raise CompressError(f"step {step['use']} of the checkpoint fits no module of {type(model).__name__}")
         method = find(step["use"])
         method.apply(method.model_construct(), View(model), plan)
-
-
-def on_disk(model: nn.Module, name: str) -> str:
-    """The name under which the model's library saves a tensor."""
-    if keeps_disk_names(model):
-        for renaming in reversed(_renamings(model, saving=True)):
-            name, _ = renaming.reverse_transform().rename_source_key(name)
-    return name
 
 
 def keeps_disk_names(model: nn.Module) -> bool:
@@ -49,25 +50,28 @@ def keeps_disk_names(model: nn.Module) -> bool:
     return not any(change.rename_source_key(name)[1] for change in reversed_splits for name in names)
 
 
-def _anchor(model: nn.Module, path: str) -> dict:
+def _anchor(model: nn.Module, path: str, renamings: list) -> dict:
+    """The first parameter of a module by its name on disk, and how far above it the module is."""
     module = model.get_submodule(path)
     first = next((name for name, _ in module.named_parameters()), None)
     assert first is not None, f"{path} owns no parameter, so its edit cannot be found again"
     name = f"{path}.{first}" if path else first
-    return {"tensor": on_disk(model, name), "up": first.count(".") + 1}
+    return {"tensor": _renamed(name, renamings), "up": first.count(".") + 1}
 
 
-def _path(model: nn.Module, entry: dict) -> str | None:
+def _path(names: set[str], prefix: str, entry: dict, renamings: list) -> str | None:
     """The module of a recorded edit in this model; None for a part that this class of the family does not have."""
-    name = entry["tensor"]
-    for renaming in _renamings(model, saving=False):
-        name, _ = renaming.rename_source_key(name)
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    name = _renamed(entry["tensor"], renamings)
     for candidate in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}"):
         if candidate in names:
             return candidate.rsplit(".", entry["up"])[0]
     return None
+
+
+def _renamed(name: str, renamings: list) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 def _conversions(model: nn.Module) -> list:

@@ -140,7 +140,7 @@ def _kind(model: nn.Module, output, batch: Batch) -> str:
 
 
 def latency(
-    compressed: nn.Module, original: nn.Module, batches: list[Batch], *, compile: bool = False, rounds: int = 9
+    compressed: nn.Module, original: nn.Module, batches: list[Batch], *, rounds: int = 9
 ) -> tuple[dict[str, tuple[float, float]], str]:
     """Milliseconds of a forward, median and interquartile range, of all candidates; and the fastest one without us.
 
@@ -151,11 +151,11 @@ def latency(
     """
     assert rounds >= 7
     calls = {}
-    for name, model in candidates(compressed, original, compile).items():
+    for name, model in candidates(compressed, original).items():
         call = _call(model, sampling(batches))
         try:
             call(), call()
-        except RuntimeError:  # an operation has no bfloat16 here, or cannot be compiled
+        except RuntimeError:  # an operation has no bfloat16 here
             if name in (ORIGINAL, COMPRESSED):
                 raise
         else:
@@ -169,13 +169,11 @@ def latency(
     return found, min((name for name in found if name != COMPRESSED), key=lambda name: found[name][0])
 
 
-def candidates(compressed: nn.Module, original: nn.Module, compile: bool) -> dict[str, nn.Module]:
+def candidates(compressed: nn.Module, original: nn.Module) -> dict[str, nn.Module]:
     """What is compared; a path without us that a user gets for nothing is the one to beat."""
     found = {COMPRESSED: compressed, ORIGINAL: original}
     if any(tensor.dtype == torch.float32 for tensor in original.parameters()):
         found[f"{ORIGINAL}, bfloat16"] = copy.deepcopy(original).to(torch.bfloat16)
-    if compile:
-        found |= {f"{name}, compiled": torch.compile(model) for name, model in found.items() if name != COMPRESSED}
     return found
 
 
