@@ -1,0 +1,146 @@
+"""Grids that weights are rounded to, and the ways to round that need no data; pure functions of tensors.
+
+A weight is [out, in]; a grid has a scale and a zero point for each row and each group of neighbouring inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SHRINK = torch.linspace(1.1, 0.4, 36)  # shares of the range that a search tries
+SPARSE = 0.7  # norm of the error that hqq minimizes: few weights may be far off
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values (code - zero) * scale for the whole codes from low to high."""
+
+    scale: Tensor  # [out, groups], float32, never 0; negative where the largest value of a group takes the code low
+    zero: Tensor  # [out, groups], whole numbers from low to high; all 0 in a symmetric grid
+    low: int
+    high: int
+    symmetric: bool
+
+    def grouped(self, weight: Tensor) -> Tensor:
+        """The weight as [out, groups, columns of a group]."""
+        return weight.float().unflatten(1, (self.scale.shape[1], -1))
+
+
+def span(bits: int) -> tuple[int, int]:
+    """The lowest and the highest code."""
+    return -(1 << bits - 1), (1 << bits - 1) - 1
+
+
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as a layer of this dtype stores them: bfloat16 values, as which fast products read them; never 0."""
+    scale = scale.to(torch.bfloat16).to(dtype).float()
+    return torch.where(scale == 0, 1, scale)
+
+
+def grid(weight: Tensor, bits: int, group: int, symmetric: bool, dtype: torch.dtype | None = None) -> Grid:
+    """The grid that reaches from the smallest to the largest value of each group; group 0 is the whole row.
+
+    In a symmetric one the value of largest magnitude gets the code -2^(bits-1), of which there is no positive twin.
+    """
+    low, high = span(bits)
+    dtype = dtype or weight.dtype
+    values = weight.detach().float().unflatten(1, (-1, group or weight.shape[1]))
+    if symmetric:
+        largest = values.gather(-1, values.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        scale = storable(largest / low, dtype)
+        return Grid(scale, torch.zeros_like(scale), low, high, True)
+    least, most = values.amin(-1).clamp_max(0), values.amax(-1).clamp_min(0)
+    return between(least, most, low, high, dtype)
+
+
+def between(least: Tensor, most: Tensor, low: int, high: int, dtype: torch.dtype) -> Grid:
+    """The asymmetric grid from least <= 0 to most >= 0; its zero point is a code, so that 0 stays 0."""
+    scale = storable((most - least) / (high - low), dtype)
+    return Grid(scale, (low - least / scale).round().clamp(low, high), low, high, False)
+
+
+def rtn(weight: Tensor, grid: Grid) -> Tensor:
+    """Round to nearest: int8 codes [out, in]."""
+    codes = grid.grouped(weight) / grid.scale[..., None] + grid.zero[..., None]
+    return codes.round_().clamp_(grid.low, grid.high).to(torch.int8).flatten(1)
+
+
+def dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    """The weight that codes stand for, in float32."""
+    return ((grid.grouped(codes) - grid.zero[..., None]) * grid.scale[..., None]).flatten(1)
+
+
+def searched(
+    weight: Tensor, bits: int, group: int, symmetric: bool, dtype: torch.dtype | None = None,
+    importance: Tensor | None = None, norm: float = 2.4,
+) -> Grid:  # fmt: skip
+    """The grid whose range, cut down or stretched, rounds each group best by sum(importance * |error|^norm).
+
+    `importance` [in] weighs the inputs, as the diagonal of a Hessian does.
+    """
+    dtype = dtype or weight.dtype
+    start = grid(weight, bits, group, symmetric, dtype)
+    weigh = None if importance is None else importance.float().unflatten(0, (start.scale.shape[1], -1))
+    tries = (shrunk(weight, start, share, dtype) for share in SHRINK.tolist())
+    return best(weight, start, tries, weigh, norm)
+
+
+def shrunk(weight: Tensor, start: Grid, share: float, dtype: torch.dtype) -> Grid:
+    """The grid over this share of the range."""
+    if start.symmetric:
+        return replace(start, scale=storable(start.scale * share, dtype))
+    values = start.grouped(weight)
+    least, most = values.amin(-1).clamp_max(0), values.amax(-1).clamp_min(0)
+    return between(least * share, most * share, start.low, start.high, dtype)
+
+
+def best(weight: Tensor, start: Grid, others, weigh: Tensor | None, norm: float) -> Grid:
+    """Of several grids the best one for each group; `start` where none is better."""
+
+    def errors(candidate: Grid) -> Tensor:
+        off = (candidate.grouped(dequantize(rtn(weight, candidate), candidate)) - values).abs_()
+        off = off.square_() if norm == 2 else off.pow_(norm)
+        return (off if weigh is None else off.mul_(weigh)).sum(-1)
+
+    values = start.grouped(weight)
+    scale, zero, least = start.scale, start.zero, errors(start)
+    for candidate in others:
+        off = errors(candidate)
+        better = off < least
+        scale, zero = torch.where(better, candidate.scale, scale), torch.where(better, candidate.zero, zero)
+        least = torch.where(better, off, least)
+    return replace(start, scale=scale, zero=zero)
+
+
+def hqq(weight: Tensor, bits: int, group: int, symmetric: bool, dtype: torch.dtype | None = None) -> Grid:
+    """Half-quadratic: a sparse part of the error is set aside, scale and zero point are fitted to the rest, in turns.
+
+    The zero point ends as a whole number, and the scale is searched once more for it.
+    """
+    dtype = dtype or weight.dtype
+    start = grid(weight, bits, group, symmetric, dtype)
+    values, current, beta = start.grouped(weight), start, 10.0
+    size = values.abs().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    found = []
+    for _ in range(20):
+        codes = start.grouped(rtn(weight, current))
+        off = (values - (codes - current.zero[..., None]) * current.scale[..., None]) / size
+        aside = off.sign() * (off.abs() - off.abs().clamp_min(1e-8).pow(SPARSE - 1) / beta).clamp_min(0) * size
+        current, beta = fitted(values - aside, codes, current), beta * 1.05
+        whole = replace(current, zero=current.zero.round().clamp(start.low, start.high))
+        found.append(replace(whole, scale=storable(whole.scale, dtype)))
+    chosen = best(weight, start, found, None, SPARSE)
+    tries = (replace(chosen, scale=storable(chosen.scale * share, dtype)) for share in SHRINK.tolist())
+    return best(weight, chosen, tries, None, SPARSE)
+
+
+def fitted(target: Tensor, codes: Tensor, grid: Grid) -> Grid:
+    """Scale (and zero point, where there is one) by least squares for fixed codes."""
+    if grid.symmetric:
+        scale = (codes * target).sum(-1) / codes.square().sum(-1).clamp_min(1)
+        return replace(grid, scale=torch.where(scale == 0, grid.scale, scale))
+    zero = (codes - target / grid.scale[..., None]).mean(-1)
+    return replace(grid, zero=zero.clamp(grid.low, grid.high))
