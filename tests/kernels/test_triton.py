@@ -1,0 +1,106 @@
+"""The GPU kernels in Triton's interpreter, against float64; bf16 products are silently wrong there."""
+
+import importlib
+
+import pytest
+import torch
+from compress_kernels.weight_only_linear.reference import pack
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """Imports a kernel package's Triton module."""
+    return lambda name: importlib.import_module(f"compress_kernels.{name}.triton")
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def poisoned(monkeypatch):
+    """Every fresh output holds NaN until it is written."""
+    fresh = torch.Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        out = fresh(self, *args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(77)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "width"), [(1, 64, 64), (17, 100, 33), (70, 130, 65), (3, 1, 1), (130, 33, 130)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_linear_is_exact(kernel, monkeypatch, rows, depth, width, bias):
+    triton = kernel("int8_linear")
+    poisoned(monkeypatch)
+    x, factor = random(rows, depth) * 3 + 1, random(depth, seed=1).abs() + 0.5
+    weight = (random(width, depth, seed=2) * 50).round().clamp(-127, 127).to(torch.int8)
+    scale, shift = random(width, seed=3).abs(), random(width, seed=4) if bias else None
+    codes, row_scale, zero = triton.quantize(x, factor)
+    moved = x * factor
+    low, high = moved.amin(1).clamp(max=0), moved.amax(1).clamp(min=0)
+    assert torch.equal(row_scale, (high - low) / 255)
+    assert torch.equal(zero, (-low / row_scale).round().int() - 128)
+    error = (codes - zero[:, None]) * row_scale[:, None] - moved
+    assert (error.abs() <= row_scale[:, None] * 1.001).all()  # half a step, and half of one for the zero point
+    out = triton.linear(x, weight, scale, shift, factor)
+    sums = (codes.long() - zero[:, None]) @ weight.long().T
+    expected = sums.double() * row_scale[:, None].double() * scale.double()
+    expected = expected + (shift.double() if bias else 0)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_rows_of_zeros_and_of_nan(kernel):
+    triton = kernel("int8_linear")
+    x = random(4, 40)
+    x[0], x[1, 3], x[2] = 0, float("nan"), 5
+    weight, scale = torch.ones(8, 40, dtype=torch.int8), torch.ones(8)
+    out = triton.linear(x, weight, scale, None, None)
+    assert (out[0] == 0).all()
+    assert out[1].isnan().all()
+    torch.testing.assert_close(out[2], torch.full((8,), 200.0))
+    assert out[3].isfinite().all()
+
+
+def test_all_codes_at_their_limits_do_not_saturate(kernel):
+    triton = kernel("int8_linear")
+    depth = 4096
+    x = torch.ones(16, depth)
+    x[:, 0] = 0
+    weight = torch.full((16, depth), 127, dtype=torch.int8)
+    out = triton.linear(x, weight, torch.ones(16), None, None)
+    torch.testing.assert_close(out, torch.full((16, 16), 127.0 * (depth - 1)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize(
+    ("rows", "depth", "width", "groups"), [(1, 128, 64, 2), (5, 96, 33, 3), (33, 50, 70, 1), (20, 24, 9, 3)]
+)
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_weight_only_linear(kernel, monkeypatch, bits, rows, depth, width, groups, asymmetric):
+    triton = kernel("weight_only_linear")
+    poisoned(monkeypatch)
+    half = 1 << bits - 1
+    codes = torch.randint(-half, half, (width, depth), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    scale, bias = random(width, groups, seed=1), random(width, seed=2)
+    zero = torch.randint(-half, half, (width, groups), generator=torch.Generator().manual_seed(3)).to(torch.int8)
+    x = random(rows, depth, seed=4)
+    out = triton.linear(x, pack(codes, bits), scale, zero if asymmetric else None, bias, bits)
+    shifted = codes.double().unflatten(1, (groups, -1)) - (zero.double()[..., None] if asymmetric else 0)
+    weight = (shifted * scale.double()[..., None]).flatten(1)
+    expected = x.double() @ weight.T + bias.double()
+    assert ((out - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_weight_only_linear_in_half_precision(kernel):
+    triton = kernel("weight_only_linear")
+    codes = torch.randint(-8, 8, (40, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    scale, x = random(40, 2, seed=1).half(), random(18, 64).half()
+    out = triton.linear(x, pack(codes, 4), scale, None, None, 4)
+    expected = x.double() @ (codes.double().unflatten(1, (2, -1)) * scale.double()[..., None]).flatten(1).T
+    assert out.dtype == torch.float16
+    assert ((out - expected).norm() / expected.norm()) < 5e-3
