@@ -60,9 +60,9 @@ def run_step(model: nn.Module, step: Step, batches: list[dict], before: list[dic
     """One step on the model; a step that changes nothing is an error, and so is surgery that is not exact."""
     started = time.monotonic()
     plan = planned(model, step, before)
-    if step.method.needs_data:
-        if not batches:
-            raise CompressError(f"{step.where}: {step.use} looks at data; give the recipe a calibrate section")
+    if step.method.needs_data and not batches:
+        raise CompressError(f"{step.where}: {step.use} looks at data; give the recipe a calibrate section")
+    if step.method.needs_data or (step.method.uses_data and batches):
         plan = step.method.calibrate(View(model), plan, batches)
         if not plan.edits:
             raise CompressError(f"{step.where}: {step.use} changed nothing on this data")

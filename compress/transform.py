@@ -42,7 +42,8 @@ class Transform(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    needs_data: ClassVar[bool] = False  # does `calibrate` look at batches?
+    needs_data: ClassVar[bool] = False  # is it refused without batches for `calibrate`?
+    uses_data: ClassVar[bool] = False  # does `calibrate` look at batches where there are some?
     neutral: ClassVar[dict | None] = None  # options that change nothing, where the method has such
     example: ClassVar[dict] = {}  # the smallest options that show the method on a tiny model; the laws use them
 

@@ -52,7 +52,7 @@ def emitted(folder, name, uses, options=None, *, model=None, batch=None, emit=No
         if not plan.edits:
             return None
         torch.manual_seed(0)
-        if cls.needs_data:
+        if method.needs_data or method.uses_data:
             plan = method.calibrate(View(model), plan, [batch])
         steps.append(record(model, use, plan))
         method.apply(View(model), plan)

@@ -61,7 +61,7 @@ def done(method: str, name: str) -> Done:
     if not plan.edits:
         return Done(model, batch, plan, [], json.dumps(plan.notes.get("refused", {})))
     torch.manual_seed(0)
-    if transform.needs_data:
+    if transform.needs_data or transform.uses_data:
         plan = transform.calibrate(View(model), plan, [batch])
     steps = [record(model, method, plan)]
     transform.apply(View(model), plan)
