@@ -22,6 +22,8 @@ from compress.source import Source
 from compress.verification import verify, write_probe
 from compress.view import View
 
+PACKING = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_factor")
+
 
 def write(
     source: Source, folder: Path, steps: list[dict], batch: dict | None, options: Emit, facts: dict
@@ -115,11 +117,11 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 def weight_count(model: nn.Module) -> int:
-    """How many weights the model has: packed ones are counted unpacked, their scales and shapes not at all."""
+    """How many weights the model has: packed ones are counted unpacked, what belongs to their packing not at all."""
     total = sum(tensor.numel() for tensor in unique_tensors(model))
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
-        total -= sum(own[name].numel() for name in ("weight_scale", "weight_shape", "weight_packed") if name in own)
+        total -= sum(own[name].numel() for name in PACKING if name in own)
         if "weight_packed" in own:
             total += module.in_features * module.out_features
     return total

@@ -1,4 +1,4 @@
-"""weight_only_linear against its float64 reference, and the packed layout on all widths."""
+"""weight_only_linear against its float64 reference, the packed layout of all widths, and the layer around them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from compress.nn.weight_only_linear import WeightOnlyLinear, quantize_groups
 from compress.outputs import relative_error
 from compress_kernels.weight_only_linear import weight_only_linear
 from compress_kernels.weight_only_linear.cpu import FEW, fast_bits, few, linear, plain
-from compress_kernels.weight_only_linear.reference import dequantize, pack, reference, unpack
+from compress_kernels.weight_only_linear.reference import (
+    dequantize,
+    pack,
+    pack_zeros,
+    reference,
+    unpack,
+    unpack_zeros,
+)
 
+BITS = (2, 3, 4, 6, 8)
 # rows, in, out, group: with and without a fast product
 SHAPES = [
     (1, 64, 16, 32),
@@ -21,6 +29,7 @@ SHAPES = [
     (17, 96, 32, 0),
     (63, 66, 5, 33),
     (1, 3, 7, 0),
+    (5, 1, 4, 0),
     (200, 64, 16, 32),
     (2, 40, 16, 0),
 ]
@@ -28,11 +37,19 @@ SHAPES = [
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-3, torch.float16: 5e-3, torch.bfloat16: 8e-3}
 
 
-def layer(bits, depth, width, group, seed=0):
+def random_codes(bits, *shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (width, depth), generator=generator).to(torch.int8)
-    scale = (torch.randn(width, depth // group if group else 1, generator=generator) * 0.01).bfloat16().float()
-    return pack(codes, bits), scale, torch.randn(width, generator=generator)
+    return torch.randint(-(1 << bits - 1), 1 << bits - 1, shape, generator=generator).to(torch.int8)
+
+
+def layer(bits, depth, width, group, seed=0, asymmetric=False, factor=False):
+    """Everything but x that weight_only_linear takes."""
+    generator, groups = torch.Generator().manual_seed(seed), depth // group if group else 1
+    scale = (torch.randn(width, groups, generator=generator) * 0.01).bfloat16().float()
+    bias = torch.randn(width, generator=generator)
+    zeros = pack_zeros(random_codes(bits, width, groups, seed=seed + 1), bits) if asymmetric else None
+    factors = torch.rand(depth, generator=generator) + 0.5 if factor else None
+    return [pack(random_codes(bits, width, depth, seed=seed), bits), scale, zeros, bias, factors, bits]
 
 
 def rows(count, depth, seed=1):
@@ -40,20 +57,25 @@ def rows(count, depth, seed=1):
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 140), st.integers(0, 99))
+@given(st.integers(2, 8), st.integers(1, 70), st.integers(1, 140), st.integers(0, 99))
 def test_unpack_inverts_pack(bits, count, width, seed):
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (count, width), generator=generator).to(torch.int8)
+    codes = random_codes(bits, count, width, seed=seed)
     words = pack(codes, bits)
     assert words.dtype == torch.int32 and words.shape == (count, -(-width * bits // 32))
     assert torch.equal(unpack(words, bits, width), codes)
+    zeros = pack_zeros(codes, bits)
+    assert zeros.is_contiguous() and zeros.shape == (-(-count * bits // 32), width)
+    assert torch.equal(unpack_zeros(zeros, bits, count), codes)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_layout_is_that_of_compressed_tensors(bits):
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (3, 77)).to(torch.int8)
+    codes = random_codes(bits, 5, 77)
     assert torch.equal(pack(codes, bits), helpers.pack_to_int32(codes, bits))
+    assert torch.equal(helpers.unpack_from_int32(pack(codes, bits), bits, codes.shape), codes)
+    assert torch.equal(pack_zeros(codes, bits), helpers.pack_to_int32(codes, bits, packed_dim=0))
+    assert torch.equal(helpers.unpack_from_int32(pack_zeros(codes, bits), bits, codes.shape, packed_dim=0), codes)
 
 
 def test_layout_by_hand():
@@ -62,58 +84,90 @@ def test_layout_by_hand():
     ]
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.sampled_from([4, 8]), st.sampled_from([0, 16, 32]), st.integers(-20, 20), st.integers(0, 99))
-def test_codes_are_off_by_half_a_step_or_a_step_at_the_far_end(bits, group, power, seed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_compressed_tensors_reads_the_weight_that_the_layer_stands_for(bits, symmetric, dtype):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    made = WeightOnlyLinear.from_linear(nn.Linear(96, 13, dtype=dtype), bits, 32, symmetric)
+    args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="group", group_size=32)
+    state = {name: value.detach() for name, value in made.state_dict().items() if name != "bias"}
+    read = PackedQuantizationCompressor.decompress(state, QuantizationScheme(targets=["Linear"], weights=args))
+    assert read["weight"].dtype == dtype and torch.equal(read["weight"], made.weight)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from(BITS), st.sampled_from([0, 16, 32]), st.booleans(), st.integers(-20, 20), st.integers(0, 99))
+def test_codes_are_off_by_half_a_step_or_a_step_at_the_far_end(bits, group, symmetric, power, seed):
     weight = rows(5, 64, seed) * 2.0**power
-    codes, scale = quantize_groups(weight, bits, group)
-    steps = weight.unflatten(1, (scale.shape[1], -1)) / scale[..., None]
+    codes, scale, zeros = quantize_groups(weight, bits, group, symmetric)
+    groups = weight.unflatten(1, (scale.shape[1], -1))
+    steps = groups / scale[..., None] + (0 if symmetric else zeros[..., None])
     error = (steps - codes.unflatten(1, (scale.shape[1], -1))).abs()
-    inside = steps <= (1 << bits - 1) - 0.5  # the code of the extreme has no twin of the other sign
-    assert (error[inside] <= 0.5001 + 2**-9 * (1 << bits - 1)).all() and (
-        error <= 1.0001 + 2**-9 * (1 << bits - 1)
-    ).all()
+    slack = 2**-8 * (1 << bits - 1) + 1e-3  # the scale is rounded to bf16
+    # The code of the extreme has no twin of the other sign; a zero point is rounded by up to half a step.
+    inside = (steps <= (1 << bits - 1) - 0.5) & (steps >= -(1 << bits - 1) - 0.5)
+    assert (error[inside] <= 0.5 + slack).all() and (error <= 1 + slack).all()
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from([4, 8]), st.sampled_from([0, 16]), st.integers(0, 99))
+@given(st.sampled_from(BITS), st.sampled_from([0, 16]), st.integers(0, 99))
 def test_quantizing_twice_changes_nothing(bits, group, seed):
     weight = rows(6, 32, seed)
     weight[2] = 0
-    codes, scale = quantize_groups(weight, bits, group)
-    again = dequantize(pack(codes, bits), scale, bits, 32, torch.float32)
-    for got, expected in zip(quantize_groups(again, bits, group), (codes, scale), strict=True):
-        assert torch.equal(got, expected)
+    codes, scale, _ = quantize_groups(weight, bits, group, True)
+    again = dequantize(pack(codes, bits), scale, None, bits, 32, torch.float32)
+    for got, expected in zip(quantize_groups(again, bits, group, True), (codes, scale, None), strict=True):
+        assert got is expected is None or torch.equal(got, expected)
 
 
-def test_signed_scale_beats_the_symmetric_range():
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_signed_scale_beats_the_even_range_and_zero_points_beat_both_on_skewed_weights(bits):
+    def error(weight, symmetric):
+        codes, scale, zeros = quantize_groups(weight, bits, 64, symmetric)
+        zeros = None if zeros is None else pack_zeros(zeros, bits)
+        return (dequantize(pack(codes, bits), scale, zeros, bits, 512, torch.float32) - weight).norm()
+
     weight = rows(64, 512)
-    codes, scale = quantize_groups(weight, 4, 64)
-    signed = (dequantize(pack(codes, 4), scale, 4, 512, torch.float32) - weight).norm()
     groups = weight.unflatten(1, (-1, 64))
-    step = groups.abs().amax(-1, keepdim=True) / 7
-    assert signed < 0.95 * ((groups / step).round() * step - groups).norm()
-    assert (scale < 0).any() and (scale > 0).any()
+    step = groups.abs().amax(-1, keepdim=True) / ((1 << bits - 1) - 1)
+    assert error(weight, True) < 0.97 * ((groups / step).round() * step - groups).norm()
+    assert error(weight + 1, False) < 0.95 * error(weight + 1, True)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_channels_and_constant_groups(symmetric):
+    weight = rows(4, 64)
+    weight[1], weight[2], weight[3, 32:] = 0, 0.25, -0.5
+    with torch.no_grad():
+        linear = nn.Linear(64, 4)
+        linear.weight.copy_(weight)
+    made = WeightOnlyLinear.from_linear(linear, 4, 32, symmetric).weight
+    assert torch.equal(made[1], weight[1])
+    torch.testing.assert_close(made[2:], weight[2:], rtol=0.01 if symmetric else 0.02, atol=0.25)
+    torch.testing.assert_close((made[2], made[3, 32:]), (weight[2], weight[3, 32:]), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "asymmetric"), [(bits, asymmetric) for bits in BITS for asymmetric in (False, True)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_agrees_with_the_reference(shape, bits, dtype):
+def test_agrees_with_the_reference(shape, bits, asymmetric, dtype):
     count, depth, width, group = shape
-    x, (words, scale, bias) = rows(count, depth).to(dtype), layer(bits, depth, width, group)
-    for offset in (bias.to(dtype), None):
-        got = weight_only_linear(x, words, scale, offset, bits)
+    for factor in (False, True):
+        x, weight = rows(count, depth).to(dtype), layer(bits, depth, width, group, 0, asymmetric, factor)
+        weight[3] = weight[3].to(dtype) if factor else None
+        got = weight_only_linear(x, *weight)
         assert got.dtype == dtype and got.shape == (count, width)
-        assert relative_error(got, reference(x, words, scale, offset, bits)) < TOLERANCE[dtype]
+        assert relative_error(got, reference(x, *weight)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_many_rows_keep_the_precision_of_the_input(bits):
-    x, (words, scale, bias) = rows(FEW[bits] + 1, 64), layer(bits, 64, 16, 0 if bits == 8 else 32)
-    assert (
-        relative_error(weight_only_linear(x, words, scale, bias, bits), reference(x, words, scale, bias, bits)) < 1e-6
-    )
+    x, weight = rows(FEW[bits] + 1, 64), layer(bits, 64, 16, 0 if bits == 8 else 32)
+    assert relative_error(weight_only_linear(x, *weight), reference(x, *weight)) < 1e-6
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -125,42 +179,40 @@ def test_few_rows_take_the_packed_product_only_where_it_fits(bits, monkeypatch):
     seen = []
     monkeypatch.setattr(cpu, "few", lambda x, *rest: seen.append(tuple(x.shape)) or few(x, *rest))
     for count, depth, width, group in SHAPES:
-        words, scale, bias = layer(bits, depth, width, group)
-        linear(rows(count, depth), words, scale, bias, bits)
+        linear(rows(count, depth), *layer(bits, depth, width, group))
     assert seen == {4: [(1, 64), (3, 64), (17, 96)], 8: [(3, 64), (17, 96)]}[bits]
 
 
 def test_any_leading_dimensions_and_strides():
-    words, scale, bias = layer(4, 64, 16, 32)
+    weight = layer(4, 64, 16, 32)
     wide = rows(6 * 7, 128).view(6, 7, 128)
-    for x in (wide[..., :64], wide[..., ::2], wide[:, ::3, :64], wide.view(42, 128)[:64, :42].t()[:0], wide[0, 0, :64]):
-        x = x if x.shape[-1] == 64 else wide.view(84, 64)[::5]
-        got = weight_only_linear(x, words, scale, bias, 4)
+    for x in (wide[..., :64], wide[..., ::2], wide[:, ::3, :64], wide.view(84, 64)[::5], wide[0, 0, :64]):
+        got = weight_only_linear(x, *weight)
         assert got.shape == (*x.shape[:-1], 16)
-        assert relative_error(got, reference(x, words, scale, bias, 4)) < 5e-3
+        assert relative_error(got, reference(x, *weight)) < 5e-3
 
 
 def test_no_rows():
-    words, scale, bias = layer(4, 64, 16, 32)
-    assert weight_only_linear(torch.empty(2, 0, 64), words, scale, bias, 4).shape == (2, 0, 16)
+    assert weight_only_linear(torch.empty(2, 0, 64), *layer(4, 64, 16, 32)).shape == (2, 0, 16)
 
 
 def test_packed_weights_follow_the_weight():
-    words, scale, bias = layer(4, 64, 16, 32)
-    words = nn.Parameter(words, requires_grad=False)
+    weight = layer(4, 64, 16, 32)
+    weight[0] = nn.Parameter(weight[0], requires_grad=False)
     for seed in (0, 1):
         with torch.no_grad():
-            words.copy_(layer(4, 64, 16, 32, seed)[0])
+            weight[0].copy_(layer(4, 64, 16, 32, seed)[0])
         x = rows(2, 64)
-        assert relative_error(weight_only_linear(x, words, scale, bias, 4), reference(x, words, scale, bias, 4)) < 5e-3
+        assert relative_error(weight_only_linear(x, *weight), reference(x, *weight)) < 5e-3
 
 
-def test_gradients():
-    words, scale, bias = layer(4, 64, 16, 32)
-    x, bias = rows(200, 64).requires_grad_(), bias.requires_grad_()
+@pytest.mark.parametrize("factor", [False, True])
+def test_gradients(factor):
+    weight = layer(4, 64, 16, 32, 0, True, factor)
+    x, weight[3] = rows(200, 64).requires_grad_(), weight[3].requires_grad_()
     direction = rows(200, 16)
-    grads = torch.autograd.grad((weight_only_linear(x, words, scale, bias, 4) * direction).sum(), (x, bias))
-    expected = torch.autograd.grad((plain(x, words, scale, bias, 4) * direction).sum(), (x, bias))
+    grads = torch.autograd.grad((weight_only_linear(x, *weight) * direction).sum(), (x, weight[3]))
+    expected = torch.autograd.grad((plain(x, *weight) * direction).sum(), (x, weight[3]))
     torch.testing.assert_close(grads, expected)
 
 
@@ -171,13 +223,29 @@ def test_stays_one_operator_under_compile():
         seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph
 
-    layer_ = WeightOnlyLinear.from_linear(nn.Linear(64, 16), 4, 32)
+    made = WeightOnlyLinear.from_linear(nn.Linear(64, 16), 4, 32)
     with torch.no_grad():
-        got = torch.compile(layer_, backend=backend, fullgraph=True)(rows(3, 64))
-        assert torch.equal(got, layer_(rows(3, 64)))
+        got = torch.compile(made, backend=backend, fullgraph=True)(rows(3, 64))
+        assert torch.equal(got, made(rows(3, 64)))
     assert seen == ["compress.weight_only_linear.default"]
 
 
-def test_meta():
-    words, scale, bias = (tensor.to("meta") for tensor in layer(4, 64, 16, 32))
-    assert weight_only_linear(torch.empty(2, 3, 64, device="meta"), words, scale, bias, 4).shape == (2, 3, 16)
+@pytest.mark.parametrize("bits", BITS)
+def test_meta(bits):
+    factor = torch.ones(64, device="meta")
+    made = WeightOnlyLinear.from_linear(nn.Linear(64, 13, device="meta"), bits, 32, False, factor)
+    assert made(torch.empty(2, 3, 64, device="meta")).shape == (2, 3, 13)
+    real = WeightOnlyLinear.from_linear(nn.Linear(64, 13), bits, 32, False, torch.ones(64))
+    assert {name: value.shape for name, value in made.state_dict().items()} == {
+        name: value.shape for name, value in real.state_dict().items()
+    }
+
+
+def test_an_input_factor_changes_only_the_grid():
+    linear, x = nn.Linear(64, 16, dtype=torch.bfloat16), rows(3, 64).bfloat16()
+    factor = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.5
+    with torch.no_grad():
+        made = WeightOnlyLinear.from_linear(linear, 8, 0, input_factor=factor)
+        assert made.weight_scale.dtype == torch.bfloat16
+        assert relative_error(made.weight * factor, linear.weight) < 8e-3
+        assert relative_error(made(x), linear(x)) < 2e-2

@@ -35,20 +35,20 @@ def contestants(rows: int, depth: int, width: int, bits: int, group: int) -> dic
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, depth, generator=generator)
     codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (width, depth), generator=generator).to(torch.int8)
-    words, scale = pack(codes, bits), torch.rand(width, depth // group, generator=generator).bfloat16()
+    packed = pack(codes, bits), torch.rand(width, depth // group, generator=generator).bfloat16(), None
     weight = torch.randn(width, depth, generator=generator)
     half, x_half = weight.bfloat16(), x.bfloat16()
-    expected = reference(x, words, scale, None, bits)
-    for path in (few(x, words, scale, bits), plain(x, words, scale, None, bits)):
+    expected = reference(x, *packed, None, None, bits)
+    for path in (few(x, *packed, bits), plain(x, *packed, None, None, bits)):
         error = (path - expected).norm() / expected.norm()
         assert error < 5e-3, f"weight_only_linear is off by {error:.1e}"
     return {
         "fp32": lambda: F.linear(x, weight),
         "bf16": lambda: F.linear(x_half, half),
-        "packed": lambda: few(x_half, words, scale, bits),
-        "packed fp32": lambda: few(x, words, scale, bits).float(),
-        "dequantized": lambda: plain(x_half, words, scale, None, bits),
-        "dequantized fp32": lambda: plain(x, words, scale, None, bits),
+        "packed": lambda: few(x_half, *packed, bits),
+        "packed fp32": lambda: few(x, *packed, bits).float(),
+        "dequantized": lambda: plain(x_half, *packed, None, None, bits),
+        "dequantized fp32": lambda: plain(x, *packed, None, None, bits),
     }
 
 

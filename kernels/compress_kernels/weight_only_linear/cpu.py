@@ -15,30 +15,36 @@ from torch import Tensor
 
 from compress_kernels.packing import packed
 from compress_kernels.timing import trusted
-from compress_kernels.weight_only_linear.reference import dequantize, pack, reference, unpack
+from compress_kernels.weight_only_linear.reference import dequantize, pack, reference, unpack, unpack_zeros
 
 FEW = {4: 96, 8: 48}  # rows up to which the packed product beats dequantizing (bf16, 576x1536 and 768x3072)
 GROUPS = (256, 128, 64, 32)  # of the 4-bit product; a larger one that they divide is read as several
 
 
-def linear(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+def linear(
+    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bias: Tensor | None, factor: Tensor | None, bits: int
+) -> Tensor:
     """bf16 arithmetic for few rows, the arithmetic of x for many and for float64."""
     rows = x.numel() // x.shape[-1]
-    fits = 0 < rows <= FEW[bits] and x.dtype != torch.float64 and _fits(x.shape[-1], scale, bits)
+    fits = 0 < rows <= FEW.get(bits, 0) and x.dtype != torch.float64 and _fits(x.shape[-1], scale, zeros, bits)
     if not fits or bits not in fast_bits():
-        return plain(x, words, scale, bias, bits)
-    out = few(x.reshape(-1, x.shape[-1]), words, scale, bits).to(x.dtype).view(*x.shape[:-1], len(words))
+        return plain(x, words, scale, zeros, bias, factor, bits)
+    flat = (x if factor is None else x * factor).reshape(-1, x.shape[-1])
+    out = few(flat, words, scale, zeros, bits).to(x.dtype).view(*x.shape[:-1], len(words))
     return out if bias is None else out.add_(bias)
 
 
-def plain(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+def plain(
+    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bias: Tensor | None, factor: Tensor | None, bits: int
+) -> Tensor:
     """A dense layer with the weight dequantized in the dtype of x."""
-    return F.linear(x, dequantize(words, scale, bits, x.shape[-1], x.dtype), bias)
+    weight = dequantize(words, scale, zeros, bits, x.shape[-1], x.dtype)
+    return F.linear(x if factor is None else x * factor.to(x.dtype), weight, bias)
 
 
-def few(x: Tensor, words: Tensor, scale: Tensor, bits: int) -> Tensor:
+def few(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     """x [rows, in] in bf16 times the machine's own packed form of the weight."""
-    weight, scales = packed(words, lambda: _repack(words, scale, bits, x.shape[1]))
+    weight, scales = packed(words, lambda: _repack(words, scale, zeros, bits, x.shape[1]))
     x = x.to(torch.bfloat16).contiguous()
     if bits == 8:
         return torch.ops.aten._weight_int8pack_mm(x, weight, scales)
@@ -53,28 +59,30 @@ def fast_bits() -> frozenset:
 
     def right(bits: int, groups: int) -> bool:
         codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (256, 256), generator=generator).to(torch.int8)
-        words, scale = pack(codes, bits), torch.rand(256, groups, generator=generator).to(torch.bfloat16)
-        expected = reference(x, words, scale, None, bits)
-        return trusted(lambda: few(x, words, scale, bits), lambda: plain(x, words, scale, None, bits), expected, 5e-3)
+        weight = pack(codes, bits), torch.rand(256, groups, generator=generator).to(torch.bfloat16), None
+        expected = reference(x, *weight, None, None, bits)
+        return trusted(lambda: few(x, *weight, bits), lambda: plain(x, *weight, None, None, bits), expected, 5e-3)
 
     return frozenset(bits for bits, groups in ((4, 4), (8, 1)) if right(bits, groups))
 
 
-def _fits(columns: int, scale: Tensor, bits: int) -> bool:
+def _fits(columns: int, scale: Tensor, zeros: Tensor | None, bits: int) -> bool:
     rows, groups = scale.shape
-    return columns % 16 == 0 and (groups == 1 if bits == 8 else rows % 16 == 0 and _group(columns // groups) > 0)
+    if columns % 16:
+        return False
+    return groups == 1 and zeros is None if bits == 8 else rows % 16 == 0 and _group(columns // groups) > 0
 
 
 def _group(size: int) -> int:
     return next((group for group in GROUPS if size % group == 0), 0)
 
 
-def _repack(words: Tensor, scale: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor]:
+def _repack(words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, columns: int) -> tuple[Tensor, Tensor]:
     codes = unpack(words, bits, columns).contiguous()
-    scale = scale.to(torch.bfloat16)
     if bits == 8:
-        return codes, scale.flatten()
+        return codes, scale.to(torch.bfloat16).flatten()
+    shift = torch.zeros_like(scale) if zeros is None else -scale * unpack_zeros(zeros, bits, len(words))
     size = columns // scale.shape[1]
-    scale = scale.repeat_interleave(size // _group(size), 1).t()
+    pairs = torch.stack((scale, shift), -1).to(torch.bfloat16)
     weight = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
-    return weight, torch.stack((scale, torch.zeros_like(scale)), -1)
+    return weight, pairs.repeat_interleave(size // _group(size), 1).transpose(0, 1).contiguous()

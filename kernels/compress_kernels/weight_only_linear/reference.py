@@ -23,7 +23,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """The int8 codes [rows, columns] of packed words."""
     if 8 % bits == 0:  # several times faster; words are little-endian here as everywhere torch runs
-        parts = words.view(torch.uint8)
+        parts = words.contiguous().view(torch.uint8)
         values = torch.stack([parts >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], -1)
         return values.flatten(1)[:, :columns].view(torch.int8) - (1 << bits - 1)
     words = F.pad(words, (0, -words.shape[1] % bits)).unflatten(1, (-1, bits))
@@ -37,13 +37,30 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     return values.flatten(1)[:, :columns]
 
 
-def dequantize(words: Tensor, scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in]: codes times the scale [out, groups] of their group."""
-    codes = unpack(words, bits, columns).to(dtype)
-    return (codes.unflatten(1, (scale.shape[1], -1)) * scale.to(dtype)[..., None]).flatten(1)
+def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
+    """int8 zero points [out, groups] -> int32 words, packed like codes but along the outputs."""
+    return pack(zeros.t(), bits).t().contiguous()
 
 
-def reference(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+def unpack_zeros(words: Tensor, bits: int, rows: int) -> Tensor:
+    """The int8 zero points [out, groups] of packed words."""
+    return unpack(words.t(), bits, rows).t()
+
+
+def dequantize(
+    words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight [out, in]: codes less the zero point of their group, times its scale [out, groups]."""
+    codes = unpack(words, bits, columns).to(dtype).unflatten(1, (scale.shape[1], -1))
+    if zeros is not None:
+        codes -= unpack_zeros(zeros, bits, len(words)).to(dtype)[..., None]
+    return (codes * scale.to(dtype)[..., None]).flatten(1)
+
+
+def reference(
+    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bias: Tensor | None, factor: Tensor | None, bits: int
+) -> Tensor:
     """The layer in float64."""
-    weight = dequantize(words, scale, bits, x.shape[-1], torch.float64)
-    return F.linear(x.double(), weight, None if bias is None else bias.double())
+    weight = dequantize(words, scale, zeros, bits, x.shape[-1], torch.float64)
+    x = x.double() if factor is None else x.double() * factor.double()
+    return F.linear(x, weight, None if bias is None else bias.double())
