@@ -21,7 +21,7 @@ from compress.progress import say
 from compress.recipe import Recipe, Step
 from compress.replay import record, replay
 from compress.source import Source
-from compress.transform import Plan, Transform
+from compress.transform import Plan, Transform, find
 from compress.view import View
 
 # How far removing a part may be from masking it: rounding, summed over the layers of a deep model.
@@ -118,7 +118,8 @@ def planned(model: nn.Module, step: Step, before: list[dict]) -> Plan:
     family = step.use.split(".")[0]
     for row in before:
         again = set(row["ledger"]["modules"]) & set(plan.edits)
-        if again and family != "heads" and row["record"]["use"].split(".")[0] == family:
+        closed = family != "heads" and not find(row["record"]["use"]).prepares
+        if again and closed and row["record"]["use"].split(".")[0] == family:
             raise CompressError(
                 f"{step.where}: {step.use} takes {one_of(sorted(again), 2)}, which {row['record']['use']} already "
                 "took; keep them apart with only and except"
