@@ -1,0 +1,267 @@
+"""The C source of attention: softmax(q k^T) v for a block of queries at a time, in AVX-512."""
+
+SOURCE = r"""
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef __AVX512F__
+#error attention wants AVX-512
+#endif
+
+#define PANEL 64  /* keys of a panel: four registers */
+#define ROWS 6    /* rows of a tile: 6 x 4 accumulators */
+#define BLOCK 24  /* queries of a block: their scores stay in the first-level cache for some hundred keys */
+#define CHUNK 128 /* values that stay in the first-level cache while the queries of a block go by */
+
+typedef struct { int64_t batch, head, row; } Strides;
+
+typedef struct {
+    const void *query, *key, *value, *mask;
+    void *out;                      /* [batch, queries, heads, value_depth], contiguous */
+    int64_t batch, heads, groups, queries, keys, depth, value_depth;
+    Strides q, k, v;                /* in elements; the last dimension is contiguous */
+    Strides m; int64_t m_column;    /* of the mask, 0 where it is broadcast */
+    int32_t half, mask_kind, causal; /* bf16 tensors; 0 none, 1 bool, 2 float32 */
+    float scale;
+} Call;
+
+static inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+static inline float number(const void *from, int64_t i, int half) {
+    if (!half) return ((const float *)from)[i];
+    union { uint32_t bits; float value; } word = { (uint32_t)((const uint16_t *)from)[i] << 16 };
+    return word.value;
+}
+
+static inline __m512 load16(const void *from, int64_t i, int half, __mmask16 inside) {
+    if (!half) return _mm512_maskz_loadu_ps(inside, (const float *)from + i);
+    __m256i words = _mm256_maskz_loadu_epi16(inside, (const uint16_t *)from + i);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+static inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+/* c[rows, 16 * wide] = a[rows, depth] b[depth, 16 * wide] (+ c); rows and wide are constants where it is called */
+static inline __attribute__((always_inline)) void tile(
+    const float *a, int64_t a_row, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t depth,
+    const int rows, const int wide, int add)
+{
+    __m512 sum[ROWS][4];
+    for (int r = 0; r < rows; r++)
+        for (int w = 0; w < wide; w++) sum[r][w] = add ? _mm512_loadu_ps(c + r * c_row + 16 * w) : _mm512_setzero_ps();
+    for (int64_t d = 0; d < depth; d++) {
+        __m512 column[4];
+        for (int w = 0; w < wide; w++) column[w] = _mm512_loadu_ps(b + d * b_row + 16 * w);
+        for (int r = 0; r < rows; r++) {
+            __m512 factor = _mm512_set1_ps(a[r * a_row + d]);
+            for (int w = 0; w < wide; w++) sum[r][w] = _mm512_fmadd_ps(factor, column[w], sum[r][w]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int w = 0; w < wide; w++) _mm512_storeu_ps(c + r * c_row + 16 * w, sum[r][w]);
+}
+
+#define WIDE(rows) \
+    switch (wide) { \
+    case 4: tile(a, a_row, b, b_row, c, c_row, depth, rows, 4, add); break; \
+    case 3: tile(a, a_row, b, b_row, c, c_row, depth, rows, 3, add); break; \
+    case 2: tile(a, a_row, b, b_row, c, c_row, depth, rows, 2, add); break; \
+    default: tile(a, a_row, b, b_row, c, c_row, depth, rows, 1, add); }
+
+static void product(const float *a, int64_t a_row, const float *b, int64_t b_row, float *c, int64_t c_row,
+                    int64_t rows, int64_t depth, int wide, int add)
+{
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row) { WIDE(6) }
+    switch (rows) {
+    case 5: WIDE(5) break;
+    case 4: WIDE(4) break;
+    case 3: WIDE(3) break;
+    case 2: WIDE(2) break;
+    case 1: WIDE(1) break; }
+}
+
+/* e^x for x <= 0 to two units in the last place; 0 below -104 */
+static inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* Scores of one query -> their exponentials; returns the inverse of the sum, 0 where every key is masked. */
+static float softmax(float *scores, int64_t keys, int64_t visible, const Call *call, const char *mask) {
+    const __m512 low = _mm512_set1_ps(-__builtin_inff());
+    __m512 high = low;
+    for (int64_t j = 0; j < keys; j += 16) {
+        __mmask16 seen = first(visible - j);
+        __m512 value = _mm512_loadu_ps(scores + j);
+        if (call->mask_kind == 1) {
+            __m128i flags = call->m_column ? _mm_maskz_loadu_epi8(first(keys - j), mask + j) : _mm_set1_epi8(mask[0]);
+            seen &= _mm_test_epi8_mask(flags, flags);
+        } else if (call->mask_kind == 2) {
+            const float *bias = (const float *)mask;
+            value = _mm512_add_ps(value, call->m_column ? _mm512_maskz_loadu_ps(first(keys - j), bias + j)
+                                                        : _mm512_set1_ps(bias[0]));
+        }
+        value = _mm512_mask_blend_ps(seen, low, value);
+        _mm512_storeu_ps(scores + j, value);
+        /* max gives its second operand where one is NaN, so that NaN is not lost */
+        high = _mm512_max_ps(value, high);
+        high = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), high, value);
+    }
+    __mmask16 lost = _mm512_cmp_ps_mask(high, high, _CMP_UNORD_Q);
+    float top = _mm512_reduce_max_ps(high);
+    if (!lost && top == -__builtin_inff()) {
+        memset(scores, 0, keys * sizeof(float));
+        return 0;
+    }
+    if (lost) top = __builtin_nanf("");
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < keys; j += 16) {
+        __m512 value = _mm512_sub_ps(_mm512_loadu_ps(scores + j), _mm512_set1_ps(top));
+        value = exponential(value);
+        value = _mm512_maskz_mov_ps(first(keys - j), value);
+        sum = _mm512_add_ps(sum, value);
+        _mm512_storeu_ps(scores + j, value);
+    }
+    return lost ? top : 1.0f / _mm512_reduce_add_ps(sum);
+}
+
+/* Sixteen rows of sixteen, turned. */
+static inline void turn(__m512 row[16]) {
+    __m512 half[16];
+    for (int i = 0; i < 16; i += 2) {
+        half[i] = _mm512_unpacklo_ps(row[i], row[i + 1]);
+        half[i + 1] = _mm512_unpackhi_ps(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            __m512d low = _mm512_castps_pd(half[i + j]), high = _mm512_castps_pd(half[i + j + 2]);
+            row[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            row[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    for (int i = 0; i < 4; i++) {
+        half[i] = _mm512_shuffle_f32x4(row[i], row[i + 4], 0x88);
+        half[i + 4] = _mm512_shuffle_f32x4(row[i], row[i + 4], 0xdd);
+        half[i + 8] = _mm512_shuffle_f32x4(row[i + 8], row[i + 12], 0x88);
+        half[i + 12] = _mm512_shuffle_f32x4(row[i + 8], row[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        row[i] = _mm512_shuffle_f32x4(half[i], half[i + 8], 0x88);
+        row[i + 8] = _mm512_shuffle_f32x4(half[i], half[i + 8], 0xdd);
+    }
+}
+
+/* keys [keys, depth] -> panels of [depth, PANEL], zeros beyond the last key */
+static void pack_keys(const Call *call, int64_t at, float *panels) {
+    for (int64_t j = 0; j < up(call->keys, PANEL); j += 16)
+        for (int64_t d = 0; d < call->depth; d += 16) {
+            int64_t deep = call->depth - d < 16 ? call->depth - d : 16;
+            __m512 row[16];
+            for (int i = 0; i < 16; i++) {
+                int64_t from = at + (j + i) * call->k.row + d;
+                row[i] = j + i < call->keys ? load16(call->key, from, call->half, first(deep)) : _mm512_setzero_ps();
+            }
+            turn(row);
+            float *to = panels + j / PANEL * PANEL * call->depth + d * PANEL + j % PANEL;
+            for (int64_t i = 0; i < deep; i++) _mm512_storeu_ps(to + i * PANEL, row[i]);
+        }
+}
+
+static void pack_values(const Call *call, int64_t at, float *values, int64_t width) {
+    for (int64_t j = 0; j < call->keys; j++, values += width)
+        for (int64_t d = 0; d < width; d += 16)
+            _mm512_storeu_ps(values + d, load16(call->value, at + j * call->v.row + d, call->half,
+                                                first(call->value_depth - d)));
+}
+
+static void store_row(const Call *call, const float *from, float factor, int64_t at) {
+    for (int64_t d = 0; d < call->value_depth; d += 16) {
+        __mmask16 inside = first(call->value_depth - d);
+        __m512 value = _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(factor));
+        if (!call->half) { _mm512_mask_storeu_ps((float *)call->out + at + d, inside, value); continue; }
+        __m512i bits = _mm512_castps_si512(value);  /* to the nearest, ties to even; NaN stays NaN */
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q),
+                                        _mm512_set1_epi32(0x7fc00000));
+        __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+        _mm256_mask_storeu_epi16((uint16_t *)call->out + at + d, inside, words);
+    }
+}
+
+static void block(const Call *call, int64_t b, int64_t h, int64_t start, int64_t rows,
+                  const float *panels, const float *values, float *scores, float *query, float *sums)
+{
+    int64_t width = up(call->value_depth, 16), padded = up(call->keys, PANEL), depth = call->depth;
+    /* Below the diagonal only: keys that no query of the block may see are not computed. */
+    int64_t behind = call->keys - call->queries;
+    int64_t reach = call->causal ? start + rows + behind : call->keys;
+    reach = reach < 0 ? 0 : reach > call->keys ? call->keys : reach;
+    float inverse[BLOCK];
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t at = b * call->q.batch + h * call->q.head + (start + i) * call->q.row;
+        for (int64_t d = 0; d < depth; d++)
+            query[i * depth + d] = number(call->query, at + d, call->half) * call->scale;
+    }
+    for (int64_t j = 0; j < reach; j += PANEL) {
+        int wide = reach - j >= PANEL ? 4 : (int)(up(reach - j, 16) / 16);
+        product(query, depth, panels + j * depth, PANEL, scores + j, padded, rows, depth, wide, 0);
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t visible = call->causal ? start + i + behind + 1 : call->keys;
+        int64_t at = b * call->m.batch + h * call->m.head + (start + i) * call->m.row;
+        const char *mask = (const char *)call->mask + (call->mask_kind == 2 ? 4 : 1) * at;
+        inverse[i] = softmax(scores + i * padded, reach, visible, call, mask);
+    }
+    for (int64_t j = 0; j < reach || j == 0; j += CHUNK)
+        for (int64_t d = 0; d < width; d += 64) {
+            int wide = width - d >= 64 ? 4 : (int)(width - d) / 16;
+            int64_t deep = reach - j < CHUNK ? reach - j : CHUNK;
+            product(scores + j, padded, values + j * width + d, width, sums + d, width, rows, deep, wide, j > 0);
+        }
+    for (int64_t i = 0; i < rows; i++)
+        store_row(call, sums + i * width, inverse[i],
+                  ((b * call->queries + start + i) * call->heads + h) * call->value_depth);
+}
+
+/* One head of keys with the query heads that read it; 0, or 1 where memory is short. */
+static int head(const Call *call, int64_t b, int64_t kv, int64_t share, int64_t shares) {
+    int64_t padded = up(call->keys, PANEL), width = up(call->value_depth, 16);
+    int64_t size = padded * call->depth + call->keys * width + BLOCK * (padded + call->depth + width);
+    float *panels = aligned_alloc(64, up(size * sizeof(float), 64));
+    if (!panels) return 1;
+    float *values = panels + padded * call->depth, *scores = values + call->keys * width;
+    float *sums = scores + BLOCK * padded, *query = sums + BLOCK * width;
+    pack_keys(call, b * call->k.batch + kv * call->k.head, panels);
+    pack_values(call, b * call->v.batch + kv * call->v.head, values, width);
+    int64_t blocks = (call->queries + BLOCK - 1) / BLOCK;
+    for (int64_t i = share; i < blocks * call->groups; i += shares) {
+        int64_t start = i % blocks * BLOCK, rows = call->queries - start < BLOCK ? call->queries - start : BLOCK;
+        block(call, b, kv * call->groups + i / blocks, start, rows, panels, values, scores, query, sums);
+    }
+    free(panels);
+    return 0;
+}
+
+int attention(const Call *call) {
+    int64_t kv_heads = call->heads / call->groups, jobs = call->batch * kv_heads;
+    /* Few heads are shared among threads; each packs the keys for itself. */
+    int64_t shares = jobs >= 8 ? 1 : call->queries * call->groups >= 4 * BLOCK ? 4 : 1;
+    int failed = 0;
+    #pragma omp parallel for schedule(dynamic) reduction(|:failed)
+    for (int64_t job = 0; job < jobs * shares; job++)
+        failed |= head(call, job / shares / kv_heads, job / shares % kv_heads, job % shares, shares);
+    return failed;
+}
+"""
