@@ -40,8 +40,8 @@ def masks(shape):
 
 
 def close(result, expected, tolerance):
-    assert result.isfinite().all()
-    assert (result - expected).norm() <= tolerance * expected.norm()
+    """Within the tolerance, relative to the whole; NaN is not."""
+    return bool((result - expected).norm() <= tolerance * expected.norm())
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def test_against_float64(shape, causal, poison):
     query, key, value = inputs(shape)
     for mask in masks(shape):
         expected = reference(query, key, value, mask, None, causal)
-        close(attention(query, key, value, mask, None, causal), expected, 2e-6)
-    close(attention(query, key, value, None, 0.3, causal), reference(query, key, value, None, 0.3, causal), 2e-6)
+        assert close(attention(query, key, value, mask, None, causal), expected, 2e-6)
+    assert close(attention(query, key, value, None, 0.3, causal), reference(query, key, value, None, 0.3, causal), 2e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -68,14 +68,16 @@ def test_bf16_is_rounded_once(shape):
     tensors = inputs(shape, torch.bfloat16)
     result = attention(*tensors)
     assert result.dtype == torch.bfloat16
-    close(result.double(), reference(*tensors, None, None, False), 4e-3)
+    assert close(result.double(), reference(*tensors, None, None, False), 4e-3)
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(8, 70), st.integers(1, 150), st.integers(1, 70), st.integers(1, 70), st.booleans())
 def test_odd_sizes(queries, keys, depth, value_depth, causal):
     query, key, value = inputs((1, 2, 1, queries, keys, depth, value_depth))
-    close(attention(query, key, value, None, None, causal), reference(query, key, value, None, None, causal), 5e-6)
+    assert close(
+        attention(query, key, value, None, None, causal), reference(query, key, value, None, None, causal), 5e-6
+    )
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_nan_stays_in_its_row():
@@ -91,7 +93,9 @@ def test_a_query_that_sees_nothing_gets_zeros_and_nan_stays_in_its_row():
 
 def test_large_scores_do_not_overflow():
     query, key, value = inputs((1, 1, 1, 12, 40, 16, 16))
-    close(attention(query * 300, key * 300, value), reference(query * 300, key * 300, value, None, None, False), 1e-4)
+    assert close(
+        attention(query * 300, key * 300, value), reference(query * 300, key * 300, value, None, None, False), 1e-4
+    )
 
 
 def test_threads_change_nothing():
