@@ -84,7 +84,7 @@ static void product(const float *a, int64_t a_row, const float *b, int64_t b_row
 
 /* e^x for x <= 0 to two units in the last place; 0 below -104 */
 static inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  /* the second operand where one is NaN */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -98,10 +98,10 @@ static inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-/* Scores of one query -> their exponentials; returns the inverse of the sum, 0 where every key is masked. */
-static float softmax(float *scores, int64_t keys, int64_t visible, const Call *call, const char *mask) {
+/* Mask the scores of one query; is any key left? */
+static int hide(float *scores, int64_t keys, int64_t visible, const Call *call, const char *mask) {
     const __m512 low = _mm512_set1_ps(-__builtin_inff());
-    __m512 high = low;
+    __mmask16 left = 0;
     for (int64_t j = 0; j < keys; j += 16) {
         __mmask16 seen = first(visible - j);
         __m512 value = _mm512_loadu_ps(scores + j);
@@ -114,27 +114,39 @@ static float softmax(float *scores, int64_t keys, int64_t visible, const Call *c
                                                         : _mm512_set1_ps(bias[0]));
         }
         value = _mm512_mask_blend_ps(seen, low, value);
-        _mm512_storeu_ps(scores + j, value);
-        /* max gives its second operand where one is NaN, so that NaN is not lost */
-        high = _mm512_max_ps(value, high);
-        high = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), high, value);
-    }
-    __mmask16 lost = _mm512_cmp_ps_mask(high, high, _CMP_UNORD_Q);
-    float top = _mm512_reduce_max_ps(high);
-    if (!lost && top == -__builtin_inff()) {
-        memset(scores, 0, keys * sizeof(float));
-        return 0;
-    }
-    if (lost) top = __builtin_nanf("");
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < keys; j += 16) {
-        __m512 value = _mm512_sub_ps(_mm512_loadu_ps(scores + j), _mm512_set1_ps(top));
-        value = exponential(value);
-        value = _mm512_maskz_mov_ps(first(keys - j), value);
-        sum = _mm512_add_ps(sum, value);
+        left |= _mm512_cmp_ps_mask(value, low, _CMP_NEQ_UQ);  /* NaN is left */
         _mm512_storeu_ps(scores + j, value);
     }
-    return lost ? top : 1.0f / _mm512_reduce_add_ps(sum);
+    return left != 0;
+}
+
+/* Scores of one query -> their exponentials; returns the inverse of the sum. NaN in one score makes all NaN. */
+static float softmax(float *scores, int64_t keys) {
+    __m512 high = _mm512_set1_ps(-__builtin_inff()), other = high, sum = _mm512_setzero_ps(), more = sum;
+    __mmask16 tail = first(keys % 16 ? keys % 16 : 16);
+    int64_t last = up(keys, 16) - 16, j;
+    for (j = 0; j + 16 < last; j += 32) {
+        high = _mm512_max_ps(_mm512_loadu_ps(scores + j), high);
+        other = _mm512_max_ps(_mm512_loadu_ps(scores + j + 16), other);
+    }
+    for (; j < last; j += 16) high = _mm512_max_ps(_mm512_loadu_ps(scores + j), high);
+    high = _mm512_mask_max_ps(high, tail, _mm512_loadu_ps(scores + last), high);
+    __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(_mm512_max_ps(high, other)));
+    for (j = 0; j + 16 < last; j += 32) {
+        __m512 one = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + j), top));
+        __m512 two = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + j + 16), top));
+        sum = _mm512_add_ps(sum, one);
+        more = _mm512_add_ps(more, two);
+        _mm512_storeu_ps(scores + j, one);
+        _mm512_storeu_ps(scores + j + 16, two);
+    }
+    for (; j <= last; j += 16) {
+        __m512 one = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + j), top));
+        one = _mm512_maskz_mov_ps(j < last ? 0xffff : tail, one);
+        sum = _mm512_add_ps(sum, one);
+        _mm512_storeu_ps(scores + j, one);
+    }
+    return 1.0f / _mm512_reduce_add_ps(_mm512_add_ps(sum, more));
 }
 
 /* Sixteen rows of sixteen, turned. */
@@ -222,7 +234,10 @@ static void block(const Call *call, int64_t b, int64_t h, int64_t start, int64_t
         int64_t visible = call->causal ? start + i + behind + 1 : call->keys;
         int64_t at = b * call->m.batch + h * call->m.head + (start + i) * call->m.row;
         const char *mask = (const char *)call->mask + (call->mask_kind == 2 ? 4 : 1) * at;
-        inverse[i] = softmax(scores + i * padded, reach, visible, call, mask);
+        float *row = scores + i * padded;
+        int seen = reach > 0 && (visible >= reach && !call->mask_kind || hide(row, reach, visible, call, mask));
+        if (!seen) memset(row, 0, reach * sizeof(float));
+        inverse[i] = seen ? softmax(row, reach) : 0;
     }
     for (int64_t j = 0; j < reach || j == 0; j += CHUNK)
         for (int64_t d = 0; d < width; d += 64) {
