@@ -47,7 +47,7 @@ class Int8(Transform):
         swap(view, plan.edits, build)
 
 
-def build(module: nn.Module, settings: dict) -> nn.Module:
+def build(path: str, module: nn.Module, settings: dict) -> nn.Module:
     """The int8 layer for this layer."""
     return Int8Embedding.from_embedding(module) if isinstance(module, nn.Embedding) else Int8Linear.from_linear(module)
 

@@ -54,7 +54,9 @@ class WeightOnly(Transform):
         return Plan(edits, notes={"refused": refused} | ({"groups": smaller} if smaller else {}))
 
     def apply(self, view: View, plan: Plan) -> None:
-        swap(view, plan.edits, lambda module, edit: WeightOnlyLinear.from_linear(module, edit["bits"], edit["group"]))
+        swap(
+            view, plan.edits, lambda _, module, edit: WeightOnlyLinear.from_linear(module, edit["bits"], edit["group"])
+        )
 
 
 def fitting(group: int, width: int) -> int:
