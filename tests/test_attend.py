@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
-from compress.attend import NAME, Softmax, attend_through, softmax
+from compress.attend import NAME, Softmax, attend_through, refusal, softmax
 from compress.errors import CompressError
-from compress.outputs import run
+from compress.nn.fused_attention import FusedAttention
+from compress.outputs import relative_error, run
 from compress.view import View
 from models import MODELS
 
@@ -251,3 +252,17 @@ def test_softmax_groups(groups, queries):
     full = key.repeat_interleave(groups, 1)
     scores = (query @ full.mT * 0.3).masked_fill(~mask, -torch.inf)
     assert torch.allclose(softmax(query, key, key, mask, 0.3), scores.softmax(-1) @ full, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "dinov2", "llama", "dit", "unet2d"])
+def test_the_fused_softmax_changes_only_rounding(name):
+    model, batch = MODELS[name]()
+    view = View(model)
+    paths = [attention.path for attention in view.attentions() if not refusal(view, attention)]
+    with torch.no_grad():
+        before = run(model, batch)
+        put(model, paths, FusedAttention)
+        after = run(model, batch)
+    assert paths
+    assert relative_error(after, before) < 1e-5
+    assert any(isinstance(module, FusedAttention) for module in model.modules())
