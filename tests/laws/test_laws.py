@@ -80,11 +80,13 @@ def test_it_changes_the_model_or_says_what_it_refuses_and_why(method, name):
     result = done(method, name)
     if result.plan.edits:
         original, batch = tiny(name)
-        before = {key: (tensor.shape, tensor.dtype) for key, tensor in original.state_dict().items()}
-        after = {key: (tensor.shape, tensor.dtype) for key, tensor in result.model.state_dict().items()}
+        before, after = original.state_dict(), result.model.state_dict()
+        same = before.keys() == after.keys() and all(
+            tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]) for key, tensor in before.items()
+        )
         modules = [type(module) for module in original.modules()], [type(module) for module in result.model.modules()]
         hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in result.model.modules())
-        assert before != after or modules[0] != modules[1] or hooked
+        assert not same or modules[0] != modules[1] or hooked
     else:
         reasons = json.loads(result.refusal) if result.refusal.startswith("{") else {"": result.refusal}
         assert reasons, "nothing taken and nothing refused"
