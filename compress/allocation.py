@@ -13,21 +13,23 @@ EQUAL = 1e-12  # sums that differ by less differ by the order of adding
 
 @dataclass(frozen=True)
 class Ladder:
-    """All layers at their smallest, and the steps up from there that gain the most for what they weigh, best first.
+    """All layers at their smallest, and the steps up from there, those first that gain the most for what they weigh.
 
-    Any number of whole steps is an optimal allocation for its own weight; what lies between bounds the others.
+    The steps of a layer lead along the lower convex hull of its choices. Any number of first steps is an optimal
+    allocation for its own weight; what lies between two of them bounds all others.
     """
 
-    choices: list[int]
-    weight: float
-    cost: float
-    steps: list[tuple[float, float, int, int]]  # weight added, cost added (negative), layer, choice
+    start: list[int]
+    steps: list[tuple[int, int]]  # layer, choice
+    layer: np.ndarray
+    weight: np.ndarray  # that a step adds
+    cost: np.ndarray  # that a step adds: negative
 
-    def bound(self) -> tuple[np.ndarray, np.ndarray]:
-        """Total weight and total cost after each step."""
-        added = np.array([step[:2] for step in self.steps]).reshape(-1, 2)
-        totals = np.vstack([[self.weight, self.cost], added]).cumsum(0)
-        return totals[:, 0], totals[:, 1]
+    def bound(self, lightest: np.ndarray, dearest: np.ndarray, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Total weight and cost of the layers from `first` on after each of their steps."""
+        mine = self.layer >= first
+        weight = np.r_[lightest[first:].sum(), self.weight[mine]].cumsum()
+        return weight, np.r_[dearest[first:].sum(), self.cost[mine]].cumsum()
 
 
 def allocate(costs: list[list[float]], weights: list[list[float]], budget: float) -> list[int]:
@@ -37,12 +39,15 @@ def allocate(costs: list[list[float]], weights: list[list[float]], budget: float
     better than a solution already known are dropped: fractions of choices bound what the layers to come can reach.
     """
     budget += EQUAL * abs(budget)
-    known, least = _greedy(costs, weights, budget)
+    up = ladder(costs, weights)
+    known = _greedy(up, costs, weights, budget)
+    least = sum(row[choice] for row, choice in zip(costs, known))
+    ends = _ends(up, costs, weights)
     weight, cost, trail = np.zeros(1), np.zeros(1), []
-    for layer in range(len(costs)):
-        rest, below = ladder(costs[layer + 1 :], weights[layer + 1 :]).bound()
-        weight = np.add.outer(weight, np.asarray(weights[layer], float)).ravel()
-        cost = np.add.outer(cost, np.asarray(costs[layer], float)).ravel()
+    for index in range(len(costs)):
+        rest, below = up.bound(*ends, index + 1)
+        weight = np.add.outer(weight, np.asarray(weights[index], float)).ravel()
+        cost = np.add.outer(cost, np.asarray(costs[index], float)).ravel()
         order = np.lexsort((cost, weight))
         best = np.minimum.accumulate(cost[order])
         order = order[np.r_[True, best[1:] < best[:-1]]]
@@ -54,48 +59,49 @@ def allocate(costs: list[list[float]], weights: list[list[float]], budget: float
         weight, cost = weight[order], cost[order]
         trail.append(order)
     at, chosen = int(cost.argmin()), []
-    for layer in reversed(range(len(costs))):
-        parent, choice = divmod(int(trail[layer][at]), len(costs[layer]))
+    for row, order in zip(costs[::-1], trail[::-1]):
+        at, choice = divmod(int(order[at]), len(row))
         chosen.append(choice)
-        at = parent
     return chosen[::-1]
-
-
-def ladder(costs: list[list[float]], weights: list[list[float]]) -> Ladder:
-    """The steps along the lower convex hull of every layer, sorted by gain for weight."""
-    start, steps = [], []
-    for layer, (cost, weight) in enumerate(zip(costs, weights, strict=True)):
-        at = min(range(len(cost)), key=lambda choice: (weight[choice], cost[choice]))
-        start.append(at)
-        while True:
-            better = [choice for choice in range(len(cost)) if cost[choice] < cost[at]]
-            if not better:
-                break
-            slope = {choice: (cost[choice] - cost[at]) / (weight[choice] - weight[at]) for choice in better}
-            up = min(better, key=lambda choice: (slope[choice], -weight[choice]))
-            steps.append((slope[up], (weight[up] - weight[at], cost[up] - cost[at], layer, up)))
-            at = up
-    steps.sort(key=lambda step: step[0])
-    lightest = sum(weight[choice] for weight, choice in zip(weights, start))
-    total = sum(cost[choice] for cost, choice in zip(costs, start))
-    return Ladder(start, lightest, total, [step for _, step in steps])
 
 
 def frontier(costs: list[list[float]], weights: list[list[float]], points: int = 24) -> list[tuple[float, float]]:
     """At most so many optimal allocations from the smallest to the best, as (weight, cost)."""
-    weight, cost = ladder(costs, weights).bound()
+    up = ladder(costs, weights)
+    weight, cost = up.bound(*_ends(up, costs, weights))
     picked = np.unique(np.linspace(0, len(weight) - 1, points).round().astype(int))
     return [(float(weight[index]), float(cost[index])) for index in picked]
 
 
-def _greedy(costs: list[list[float]], weights: list[list[float]], budget: float) -> tuple[list[int], float]:
-    """A good allocation: every step up that still fits, and its cost."""
-    start = ladder(costs, weights)
-    if start.weight > budget:
-        raise CompressError(f"the budget is {budget:.6g}, the smallest possible is {start.weight:.6g}")
-    choices, spent = list(start.choices), start.weight
-    for _, _, layer, choice in start.steps:
+def ladder(costs: list[list[float]], weights: list[list[float]]) -> Ladder:
+    """The ladder of these layers."""
+    start, steps = [], []
+    for layer, (cost, weight) in enumerate(zip(costs, weights, strict=True)):
+        at = min(range(len(cost)), key=lambda choice: (weight[choice], cost[choice]))
+        start.append(at)
+        while better := [choice for choice in range(len(cost)) if cost[choice] < cost[at]]:
+            slopes = {up: (cost[up] - cost[at]) / (weight[up] - weight[at]) for up in better}
+            up = min(better, key=lambda choice: (slopes[choice], -weight[choice]))
+            steps.append((slopes[up], layer, up, weight[up] - weight[at], cost[up] - cost[at]))
+            at = up
+    steps.sort(key=lambda step: step[0])
+    layer, weight, cost = (np.array([step[column] for step in steps]) for column in (1, 3, 4))
+    return Ladder(start, [step[1:3] for step in steps], layer, weight, cost)
+
+
+def _ends(up: Ladder, costs: list[list[float]], weights: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and cost of each layer at its smallest."""
+    return tuple(np.array([row[choice] for row, choice in zip(table, up.start)]) for table in (weights, costs))
+
+
+def _greedy(up: Ladder, costs: list[list[float]], weights: list[list[float]], budget: float) -> list[int]:
+    """A good allocation: every step up that still fits."""
+    choices = list(up.start)
+    spent = sum(row[choice] for row, choice in zip(weights, choices))
+    if spent > budget:
+        raise CompressError(f"the budget is {budget:.6g}, the smallest possible is {spent:.6g}")
+    for layer, choice in up.steps:
         added = weights[layer][choice] - weights[layer][choices[layer]]
         if spent + added <= budget and costs[layer][choice] < costs[layer][choices[layer]]:
             choices[layer], spent = choice, spent + added
-    return choices, sum(cost[choice] for cost, choice in zip(costs, choices))
+    return choices

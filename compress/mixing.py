@@ -1,0 +1,201 @@
+"""The search of quantize.mixed: what all choices cost and weigh, the allocation, and its trial on held-out data."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from compress.allocation import allocate, frontier
+from compress.budgets import KEEP, Settings, operations, seconds, stored
+from compress.data import rows as examples_in
+from compress.errors import CompressError
+from compress.probing import Answers, instead
+from compress.sensitivity import Table, costs
+from compress.view import View
+
+if TYPE_CHECKING:
+    from compress.transforms.quantize.mixed import Mixed
+
+UNITS = {"size": "bytes", "bits": "bytes", "bops": "bit operations", "latency": "s"}
+HELD = 4  # every so many batches one is held out
+CLOSE = 1 + 1e-9
+Make = Callable[[nn.Module, dict], nn.Module]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A knapsack whose units are the layers, those that share a weight together."""
+
+    units: list[list[str]]
+    names: list[str]
+    costs: list[list[float]]
+    weights: list[list[float]]
+    budget: float
+
+    @classmethod
+    def of(cls, layers: dict[str, nn.Module], names: list[str], costs: Table, weights: Table, budget: float) -> Problem:
+        sharing = defaultdict(list)
+        for path, module in layers.items():
+            sharing[id(module.weight)].append(path)
+        units = list(sharing.values())
+        sums = [[[sum(t[path][name] for path in unit) for name in names] for unit in units] for t in (costs, weights)]
+        return cls(units, names, *sums, budget)
+
+    def solve(self, budget: float) -> list[int]:
+        """The best choice of each unit within a budget."""
+        return allocate(self.costs, self.weights, budget)
+
+    def uniform(self) -> list[int] | None:
+        """The best of the allocations with one choice for all that keep the budget, if any does."""
+        every = [[choice] * len(self.units) for choice in range(len(self.names))]
+        fitting = [chosen for chosen in every if self.weight(chosen) <= self.budget * CLOSE]
+        return min(fitting, key=self.cost, default=None)
+
+    def weight(self, chosen: list[int]) -> float:
+        return sum(row[choice] for row, choice in zip(self.weights, chosen, strict=True))
+
+    def cost(self, chosen: list[int]) -> float:
+        return sum(row[choice] for row, choice in zip(self.costs, chosen, strict=True))
+
+    def by_path(self, chosen: list[int]) -> dict[str, str]:
+        """The name of each layer's choice."""
+        return {path: self.names[choice] for unit, choice in zip(self.units, chosen, strict=True) for path in unit}
+
+
+def planned(method: Mixed, layers: dict[str, nn.Module], make: Make) -> dict[str, dict]:
+    """Edits within the budget without data: as if every weight's error cost the same."""
+    settings = {path: method.settings(module) for path, module in layers.items()}
+    guess = {
+        path: {name: module.weight.numel() * expected(edit) for name, edit in settings[path].items()}
+        for path, module in layers.items()
+    }
+    weights, budget = weighed(method, layers, settings, dict.fromkeys(layers, 1), make, measure=False)
+    problem = Problem.of(layers, list(method.choices), guess, weights, budget)
+    check(method, problem)
+    return edits(settings, problem.by_path(problem.solve(problem.budget)))
+
+
+def check(method: Mixed, problem: Problem) -> None:
+    """Refuse a budget that no allocation keeps."""
+    smallest = sum(min(row) for row in problem.weights)
+    if smallest > problem.budget * CLOSE:
+        name = given(method)
+        value = getattr(method, name)
+        raise CompressError(
+            f"quantize.mixed: {name} is {value:g}, the smallest possible is {value * smallest / problem.budget:.4g} "
+            f"with the choices {', '.join(problem.names)}"
+        )
+
+
+def given(method: Mixed) -> str:
+    """The name of the budget."""
+    return next(name for name in UNITS if getattr(method, name))
+
+
+def expected(edit: dict | None) -> float:
+    """The squared error of a weight as the number of bits alone tells it; activations add theirs."""
+    return 0.0 if edit is None else 4.0 ** -edit["bits"] * (2 if edit["activations"] else 1)
+
+
+def edits(settings: dict[str, Settings], chosen: dict[str, str]) -> dict[str, dict]:
+    """The edits of a plan: layers that are kept have none."""
+    return {path: edit for path, name in chosen.items() if (edit := settings[path][name]) is not None}
+
+
+def weighed(
+    method: Mixed, layers: dict[str, nn.Module], settings: dict[str, Settings], rows: dict[str, int], make: Make,
+    measure: bool = True,
+) -> tuple[Table, float]:  # fmt: skip
+    """What each choice weighs in the unit of the budget, and the budget; time is guessed where nothing is measured."""
+    settings = {path: own | {KEEP: None} for path, own in settings.items()}
+    if method.bits or method.size:
+        table = stored(layers, settings, make)
+    elif method.latency and measure:
+        table = seconds(layers, settings, rows, make)
+    else:
+        table = operations(layers, settings, rows)
+    if method.bits:
+        return table, method.bits * weights_in(layers) / 8
+    if method.size and method.size > 1:
+        return table, method.size
+    return table, (method.size or method.bops or method.latency) * sum(own[KEEP] for own in table.values())
+
+
+def weights_in(layers: dict[str, nn.Module]) -> int:
+    """How many weights the layers have; shared ones count once."""
+    return sum({id(module.weight): module.weight.numel() for module in layers.values()}.values())
+
+
+def allocated(
+    method: Mixed, view: View, layers: dict[str, nn.Module], batches: list[dict], make: Make
+) -> tuple[dict[str, dict], dict]:
+    """The edits of the best allocation, or of the uniform one where that is better on held-out data, and the notes."""
+    settings = {path: method.settings(module) for path, module in layers.items()}
+    held = batches[HELD - 1 :: HELD] or batches[-1:]
+    seen = [batch for index, batch in enumerate(batches) if index % HELD != HELD - 1][: len(batches) - 1] or batches
+    names = [name for name in method.choices if name != KEEP]
+
+    def quantized(path: str, name: str) -> nn.Module:
+        return make(layers[path], settings[path][name])
+
+    found = costs(method.sensitivity, view, layers, names, quantized, seen, spread(seen, method.probe))
+    table = {path: own | {KEEP: 0.0} for path, own in found.table.items()}
+    weights, budget = weighed(method, layers, settings, found.rows, make)
+    problem = Problem.of(layers, list(method.choices), table, weights, budget)
+    check(method, problem)
+    tried = candidates(problem)
+    measured = trial(view, {name: {p: quantized(p, c) for p, c in problem.by_path(chosen).items() if c != KEEP}
+                            for name, chosen in tried.items()}, held)  # fmt: skip
+    best = min(tried, key=lambda name: measured[name])
+    sizes = stored(layers, settings, make)
+    chosen = problem.by_path(tried[best])
+    told = {
+        "by": method.sensitivity,
+        "unit": UNITS[given(method)],
+        "budget": budget,
+        "choices": chosen,
+        "bits": {path: 8 * sizes[path][name] / layers[path].weight.numel() for path, name in chosen.items()},
+        "average": 8 * sum(sizes[path][name] for path, name in chosen.items()) / weights_in(layers),
+        "curve": frontier(problem.costs, problem.weights),
+        "points": {
+            name: {"weight": problem.weight(way), "predicted": problem.cost(way), "measured": measured[name]}
+            for name, way in tried.items()
+        },
+        "taken": best,
+        "held_out": held[0] is not seen[0],
+    }
+    coarsest = max(names, key=lambda name: sum(own[name] for own in table.values()))
+    scores = {path: own[coarsest] for path, own in table.items()}
+    return edits(settings, chosen), {"allocation": told, f"{method.sensitivity} at {coarsest}": scores}
+
+
+def candidates(problem: Problem) -> dict[str, list[int]]:
+    """The allocation at the budget, the best uniform one, and the allocation at the size of that."""
+    found = {"mixed": problem.solve(problem.budget)}
+    if (uniform := problem.uniform()) is not None:
+        found[f"uniform {problem.names[uniform[0]]}"] = uniform
+        found[f"mixed at the size of uniform {problem.names[uniform[0]]}"] = problem.solve(problem.weight(uniform))
+    return found
+
+
+@torch.no_grad()
+def trial(view: View, replaced: dict[str, dict[str, nn.Module]], held: list[dict]) -> dict[str, float]:
+    """How far the answers to the held-out batches are from the original's with all of a candidate's layers replaced."""
+    found = dict.fromkeys(replaced, 0.0)
+    for batch in held:
+        answers = Answers.of(view.model, [batch])
+        for name, built in replaced.items():
+            with instead({view.module(path): layer.forward for path, layer in built.items()}):
+                found[name] += answers.distance(view.model) / len(held)
+    return found
+
+
+def spread(batches: list[dict], examples: int) -> list[dict]:
+    """As many batches, evenly over all, as hold so many examples."""
+    count = min(len(batches), -(-examples // examples_in(batches[0])))
+    return [batches[index * len(batches) // count] for index in range(count)]
