@@ -1,4 +1,4 @@
-"""Linear layer with int8 weights, one scale an output, and activations quantized to int8 a token at run time."""
+"""Linear layer with int8 weights, one scale an output, and activations quantized to 8 bits at run time."""
 
 from __future__ import annotations
 
@@ -17,31 +17,61 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """In the place of nn.Linear or transformers' Conv1D; the result has the dtype of the input."""
+    """In the place of nn.Linear or transformers' Conv1D; the result has the dtype of the input.
+
+    The input is quantized a token at a time, or with `input_scale` and `input_zero_point` (0..255, 128 where it is not
+    given) all alike. `input_factor` multiplies the input's channels before; the weight is stored divided by it.
+    """
 
     def __init__(
-        self, weight: Tensor, weight_scale: Tensor, bias: nn.Parameter | None, transposed: bool = False
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: nn.Parameter | None,
+        input_factor: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.bias = bias
+        fixed = {"input_factor": input_factor, "input_scale": input_scale, "input_zero_point": input_zero_point}
+        for name, tensor in fixed.items():
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
         self.transposed = transposed  # was a Conv1D, so no format that only knows nn.Linear can hold this layer
         self.out_features, self.in_features = weight.shape
 
     @classmethod
-    def from_linear(cls, linear: nn.Module) -> Int8Linear:
-        """Quantize a layer's present weight; on the meta device only its shapes."""
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        input_factor: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+    ) -> Int8Linear:
+        """Quantize a layer's present weight, divided by the factor; on the meta device only its shapes."""
         transposed = not isinstance(linear, nn.Linear)
         weight = linear.weight.t() if transposed else linear.weight
-        return cls(*quantize_rows(weight), linear.bias, transposed)
+        weight = weight if input_factor is None else weight / input_factor.to(weight.dtype)
+        return cls(*quantize_rows(weight), linear.bias, input_factor, input_scale, input_zero_point, transposed)
 
     def dequantized(self) -> Tensor:
-        """The weight that this layer stands for, [out, in]."""
-        return self.weight.to(self.weight_scale.dtype) * self.weight_scale
+        """The weight of the plain layer that this one stands for, [out, in]."""
+        weight = self.weight.to(self.weight_scale.dtype) * self.weight_scale
+        return weight if self.input_factor is None else weight * self.input_factor.to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return int8_linear(x, self.weight, self.weight_scale, self.bias)
+        return int8_linear(
+            x,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            self.input_factor,
+            self.input_scale,
+            self.input_zero_point,
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

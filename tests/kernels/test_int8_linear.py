@@ -1,4 +1,4 @@
-"""int8_linear against its float64 reference: every path, odd shapes, all dtypes, and the traps of CPUs."""
+"""int8_linear: every path against float64 and to the bit against each other, odd shapes, all dtypes, traps of CPUs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import compress_kernels.int8_linear as kernel
 from compress.nn.int8_linear import Int8Linear
 from compress.outputs import relative_error
-from compress_kernels.int8_linear import int8_linear
-from compress_kernels.int8_linear.cpu import DEEPEST, blocks, linear, paths, plain, single
+from compress_kernels.int8_linear import accelerated, int8_linear, plain
 from compress_kernels.int8_linear.reference import quantize_rows, reference
-from compress_kernels.packing import packed
+from compress_kernels.int8_linear.torch_path import integer_product
 from compress_kernels.timing import paired, trusted
 
-SHAPES = [(1, 3, 5), (1, 1, 4), (3, 17, 1), (17, 63, 129), (63, 64, 32), (300, 33, 65), (2, 1537, 7)]
+SHAPES = [(1, 3, 5), (2, 1, 4), (3, 17, 1), (17, 63, 129), (63, 64, 32), (300, 33, 65), (2, 1537, 7), (97, 100, 200)]
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+NATIVE = pytest.mark.skipif(not accelerated(), reason="no native kernels on this machine")
 
 
 def layer(depth, width, seed=0):
@@ -32,9 +33,28 @@ def rows(count, depth, seed=1):
     return torch.randn(count, depth, generator=torch.Generator().manual_seed(seed))
 
 
+def extras(depth):
+    """What a layer may have beside weight and bias: nothing, a factor, or the scale of all activations."""
+    factor = torch.rand(depth, generator=torch.Generator().manual_seed(2)) + 0.5
+    fixed = torch.tensor(0.02)
+    return [(), (factor,), (None, fixed), (factor, fixed, torch.tensor(90, dtype=torch.int32))]
+
+
+def through_torch(x, weight, scale, bias=None, *rest):
+    return plain(x, weight, scale, bias, *rest, *[None] * (3 - len(rest)))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
-    """What an operator leaves unwritten is NaN."""
+    """What torch's path leaves unwritten is NaN."""
     original = torch.Tensor.new_empty
 
     def new_empty(self, *args, **options):
@@ -44,20 +64,59 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
+def same(left, right):
+    return left.dtype == right.dtype and torch.equal(left.nan_to_num(7e7), right.nan_to_num(7e7))
+
+
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("integers", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("path", [blocks, plain, single])
-def test_every_path_agrees_with_the_reference(path, shape):
+def test_torch_agrees_with_the_reference(shape, integers, monkeypatch):
     count, depth, width = shape
-    count = 1 if path is single else count
-    if path is single and depth == 1:
-        pytest.skip("never taken: see test_a_depth_of_one")
-    if path is not plain and path not in paths():
-        pytest.skip("not on this machine")
+    if not integers:
+        monkeypatch.setattr("compress_kernels.int8_linear.torch_path.integer_product", lambda device: False)
     x, (weight, scale, bias) = rows(count, depth), layer(depth, width)
-    for offset in (bias, None):
-        got = path(x, weight, scale.flatten(), offset)
-        assert relative_error(got, reference(x, weight, scale, offset)) < 1e-5
+    for rest in extras(depth):
+        for offset in (bias, None):
+            got = through_torch(x, weight, scale, offset, *rest)
+            assert relative_error(got, reference(x, weight, scale, offset, *rest)) < 1e-5
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, *((count, 70, 130) for count in range(1, 18))])
+def test_the_c_kernel_equals_torch_to_the_bit(shape, dtype, threads):
+    count, depth, width = shape
+    x, (weight, scale, bias) = rows(count, depth).to(dtype), layer(depth, width)
+    x[0] = x[0].abs()
+    for rest in extras(depth):
+        for offset in (bias, bias.to(dtype), None):
+            got = int8_linear(x, weight, scale.to(dtype), offset, *rest)
+            assert same(got, through_torch(x, weight, scale.to(dtype), offset, *rest))
+
+
+@NATIVE
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 140), st.integers(1, 140), st.integers(-99, 99), st.integers(0, 99))
+def test_the_c_kernel_equals_torch_at_any_size_and_scale(count, depth, width, power, seed):
+    x, (weight, scale, bias) = rows(count, depth, seed) * 2.0**power, layer(depth, width, seed)
+    assert same(int8_linear(x, weight, scale, bias), through_torch(x, weight, scale, bias))
+
+
+@NATIVE
+@pytest.mark.parametrize("count", [1, 8, 100])
+def test_the_c_kernel_writes_all_of_its_output_and_nothing_else(count):
+    x, (weight, scale, bias) = rows(count, 70), layer(70, 130)
+    pieces = [torch.full((count * 130,), torch.nan) for _ in range(8)]
+    del pieces  # the memory that the next tensors of this size get
+    for _ in range(8):
+        assert int8_linear(x, weight, scale, bias).isfinite().all()
+    guarded = torch.full((3, count, 70), torch.nan)
+    guarded[1] = x
+    assert same(int8_linear(guarded[1], weight, scale, bias), int8_linear(x, weight, scale, bias))
+    around = torch.full((3, 130, 70), 127, dtype=torch.int8)
+    around[1] = weight
+    assert same(int8_linear(x, around[1], scale, bias), int8_linear(x, weight, scale, bias))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -65,9 +124,11 @@ def test_every_path_agrees_with_the_reference(path, shape):
 def test_the_result_has_the_dtype_of_the_input(dtype, shape):
     count, depth, width = shape
     x, (weight, scale, bias) = rows(count, depth).to(dtype), layer(depth, width)
-    got = int8_linear(x, weight, scale.to(dtype), bias.to(dtype))
-    assert got.dtype == dtype and got.shape == (count, width)
-    assert relative_error(got, reference(x, weight, scale.to(dtype), bias.to(dtype))) < TOLERANCE[dtype]
+    for rest in ((), (torch.ones(depth, dtype=dtype), torch.tensor(0.05, dtype=dtype))):
+        got = int8_linear(x, weight, scale.to(dtype), bias.to(dtype), *rest)
+        assert got.dtype == dtype and got.shape == (count, width)
+        expected = reference(x, weight, scale.to(dtype), bias.to(dtype), *rest)
+        assert relative_error(got, expected) < TOLERANCE[dtype]
 
 
 def test_any_leading_dimensions_and_strides():
@@ -82,40 +143,60 @@ def test_any_leading_dimensions_and_strides():
 def test_no_rows():
     weight, scale, bias = layer(8, 5)
     assert int8_linear(torch.empty(2, 0, 8), weight, scale, bias).shape == (2, 0, 5)
+    assert through_torch(torch.empty(2, 0, 8), weight, scale, bias).shape == (2, 0, 5)
 
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_depth_of_one(count):
     weight, scale, bias = layer(1, 6)  # torch's own _int_mm is wrong on a weight with one column
     x = rows(count, 1)
-    assert relative_error(linear(x, weight, scale, bias), reference(x, weight, scale, bias)) < 1e-5
+    for path in (int8_linear, through_torch):
+        assert relative_error(path(x, weight, scale, bias), reference(x, weight, scale, bias)) < 1e-5
 
 
-@pytest.mark.parametrize("count", [1, 5])
-def test_saturation_is_exact(count):
-    depth = DEEPEST
+@pytest.mark.parametrize("depth", [16384, 65536, 65600])
+@pytest.mark.parametrize("count", [1, 9])
+def test_saturation_is_exact(count, depth):
     x = torch.ones(count, depth)
     x[-1] = -1
     weight = torch.full((3, depth), 127, dtype=torch.int8)
     weight[1] = -127
     scale = torch.ones(3, 1)
-    got, expected = linear(x, weight, scale, None), reference(x, weight, scale)
-    assert relative_error(got, expected) < 1e-6
-    deeper = linear(x.repeat(1, 2), weight.repeat(1, 2), scale, None)  # beyond int32: sums of floats
-    assert relative_error(deeper, 2 * expected) < 1e-4
+    expected = reference(x, weight, scale)
+    assert expected.abs().min() > 0.99 * 127 * depth
+    assert relative_error(int8_linear(x, weight, scale), expected) < 1e-6
+    if depth <= 16384:
+        assert same(int8_linear(x, weight, scale), through_torch(x, weight, scale))
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_zero_rows_give_the_bias_and_broken_ones_stay_among_themselves(count):
+@pytest.mark.parametrize("path", [int8_linear, through_torch])
+@pytest.mark.parametrize("count", [1, 4, 20])
+def test_zero_rows_give_the_bias_and_broken_ones_stay_among_themselves(count, path):
     weight, scale, bias = layer(16, 4)
-    x = torch.zeros(count, 16)
-    assert torch.equal(int8_linear(x, weight, scale, bias), bias.expand(count, 4))
-    for value in (torch.nan, torch.inf):
-        x = rows(count, 16)
-        x[0, 3] = value
-        got = int8_linear(x, weight, scale, bias)
-        assert not got[0].isfinite().any()
-        assert torch.equal(got[1:], int8_linear(x[1:], weight, scale, bias) if count > 2 else got[1:])
+    for x in (torch.zeros(count, 16), torch.full((count, 16), 1e-35)):
+        assert torch.equal(path(x, weight, scale, bias), bias.expand(count, 4))
+    fixed = (None, torch.tensor(0.1))
+    assert torch.equal(path(torch.zeros(count, 16), weight, scale, bias, *fixed), bias.expand(count, 4))
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for rest in ((), fixed):
+            clean = rows(count, 16)
+            x = clean.clone()
+            x[0, 3] = value
+            got = path(x, weight, scale, bias, *rest)
+            assert not got[0].isfinite().any()
+            assert torch.equal(got[1:], path(clean, weight, scale, bias, *rest)[1:])
+
+
+def test_values_beyond_a_fixed_scale_saturate():
+    weight, scale, _ = layer(4, 3)
+    fixed = torch.tensor(0.01)
+    for path in (int8_linear, through_torch):
+        for sign, code in ((1, 127), (-1, -128)):
+            got = path(torch.full((2, 4), sign * 1e30), weight, scale, None, None, fixed)
+            assert (
+                relative_error(got, (code * 0.01 * weight.double().sum(1) * scale.double().flatten()).expand(2, 3))
+                < 1e-5
+            )
 
 
 def test_zero_channels_give_the_bias():
@@ -127,38 +208,39 @@ def test_zero_channels_give_the_bias():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 9), st.integers(1, 40), st.integers(-20, 20), st.integers(0, 99))
-def test_rows_are_off_by_at_most_half_a_step(count, depth, power, seed):
-    x = rows(count, depth, seed) * 2.0**power
-    codes, scale = quantize_rows(x)
-    assert ((x - codes * scale).abs() <= scale * 0.5001).all()
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(-20, 20), st.floats(-3, 3), st.integers(0, 99))
+def test_rows_are_off_by_at_most_a_step(count, depth, power, middle, seed):
+    x = (rows(count, depth, seed) + middle) * 2.0**power
+    codes, scale, zero = quantize_rows(x)
+    off = (x - (codes - zero) * scale).abs()
+    # Rounding is off by half a step; the zero point's own rounding may cut another half off the longer side.
+    assert (off <= scale * 1.001).all() and (off <= scale * 0.5001).double().mean() >= 1 - 1 / depth
+    assert codes.min() >= 0 and codes.max() <= 255 and zero.min() >= 0 and zero.max() <= 255
 
 
-def test_many_blocks_equal_one():
+def test_rows_of_one_sign_use_all_codes():
+    codes, _, zero = quantize_rows(torch.linspace(0, 7, 300)[None])
+    assert zero.item() == 0 and codes.unique().numel() == 256
+    codes, _, zero = quantize_rows(-torch.linspace(0, 7, 300)[None])
+    assert zero.item() == 255 and codes.unique().numel() == 256
+
+
+def test_many_rows_equal_pieces_of_them(threads):
     weight, scale, bias = layer(32, 16)
     x = rows(1000, 32)
-    pieces = torch.cat([int8_linear(piece, weight, scale, bias) for piece in x.split(123)])
-    assert torch.equal(int8_linear(x, weight, scale, bias), pieces)
+    for piece in (1, 7, 123):
+        assert torch.equal(
+            int8_linear(x, weight, scale, bias),
+            torch.cat([int8_linear(part, weight, scale, bias) for part in x.split(piece)]),
+        )
 
 
-def test_packed_weights_follow_the_weight():
+def test_a_changed_weight_is_seen():
     weight, scale, bias = layer(32, 16)
-    weight = nn.Parameter(weight, requires_grad=False)
     x = rows(9, 32)
-
-    def right():
-        return relative_error(int8_linear(x, weight, scale, bias), reference(x, weight, scale, bias)) < 1e-5
-
-    assert right()
-    with torch.no_grad():
-        weight.copy_(-weight)
-    assert right()
-    weight.data = layer(32, 16, seed=5)[0]
-    assert right()
-    built = []
-    for _ in range(2):
-        packed(weight, lambda: built.append(1))
-    assert not built  # the form that int8_linear built is still there
+    for change in (lambda: None, lambda: weight.neg_(), lambda: weight.fill_(3)):
+        change()
+        assert relative_error(int8_linear(x, weight, scale, bias), reference(x, weight, scale, bias)) < 1e-5
 
 
 def test_works_in_inference_mode():
@@ -170,52 +252,84 @@ def test_works_in_inference_mode():
 
 def test_gradients_pass_straight_through():
     weight, scale, bias = layer(8, 5)
-    x, bias = rows(3, 8).requires_grad_(), bias.requires_grad_()
+    x, bias, factor = rows(3, 8).requires_grad_(), bias.requires_grad_(), torch.rand(8)
     direction = rows(3, 5)
-    (int8_linear(x, weight, scale, bias) * direction).sum().backward()
-    torch.testing.assert_close(x.grad, direction @ (weight * scale))
+    (int8_linear(x, weight, scale, bias, factor) * direction).sum().backward()
+    torch.testing.assert_close(x.grad, direction @ (weight * scale * factor))
     torch.testing.assert_close(bias.grad, direction.sum(0))
 
 
-def test_stays_one_opaque_operator_under_compile():
-    """Inductor's freezing rewrites a visible `_int_mm` into s8 activations, hundreds of times slower."""
+def graph_of(layer_, x):
     seen = []
 
     def backend(graph, _):
         seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph
 
-    layer_ = Int8Linear.from_linear(nn.Linear(16, 8))
-    x = rows(3, 16)
     with torch.no_grad():
         got = torch.compile(layer_, backend=backend, fullgraph=True)(x)
         assert torch.equal(got, layer_(x))
-    assert seen == ["compress.int8_linear.default"]
+    return seen
 
 
-@pytest.mark.skipif(blocks not in paths(), reason="not on this machine")
-def test_activations_are_unsigned_for_onednn(monkeypatch):
-    """With s8 activations oneDNN takes a reference kernel on CPUs without AMX."""
-    seen = []
-    original = torch.ops.onednn.qlinear_pointwise
-
-    def spy(x, *args):
-        seen.append((x.dtype, args[1]))
-        return original(x, *args)
-
-    monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", spy)
-    weight, scale, bias = layer(16, 8)
-    linear(rows(3, 16), weight, scale, bias)
-    assert seen == [(torch.uint8, 128)]
+def test_stays_one_opaque_operator_under_compile():
+    """Inductor's freezing rewrites a visible `_int_mm` into s8 activations, hundreds of times slower."""
+    layer_ = Int8Linear.from_linear(nn.Linear(16, 8), torch.rand(16) + 0.5)
+    assert graph_of(layer_, rows(3, 16)) == ["compress.int8_linear.default"]
 
 
-def test_falls_back_without_fast_paths(monkeypatch):
-    import compress_kernels.int8_linear.cpu as cpu
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
+def test_freezing_leaves_the_operator(monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.freezing", True)
+    torch._dynamo.reset()
+    layer_, x = Int8Linear.from_linear(nn.Linear(16, 8)).eval(), rows(3, 16)
+    with torch.no_grad():
+        compiled = torch.compile(layer_, fullgraph=True)
+        assert torch.equal(compiled(x), layer_(x))
+        with torch.profiler.profile() as seen:
+            compiled(x)
+    names = {event.key for event in seen.key_averages()}
+    assert "compress::int8_linear" in names and not any("qlinear" in name for name in names)
+    torch._dynamo.reset()
 
-    monkeypatch.setattr(cpu, "paths", lambda: frozenset())
+
+def test_operators_are_registered_as_torch_wants_them():
+    weight, scale, bias = layer(8, 5)
+    arguments = (rows(3, 8), weight, scale, bias, torch.rand(8), None, None)
+    assert set(torch.library.opcheck(torch.ops.compress.int8_linear.default, arguments).values()) == {"SUCCESS"}
+    arguments = (rows(3, 8).requires_grad_(), *arguments[1:])
+    assert set(torch.library.opcheck(torch.ops.compress.int8_linear_autograd.default, arguments).values()) == {
+        "SUCCESS"
+    }
+
+
+@pytest.mark.skipif(not integer_product("cpu"), reason="not on this machine")
+def test_activations_never_reach_onednn_as_signed_codes(monkeypatch):
+    """With s8 activations oneDNN's qlinear takes a reference kernel on CPUs without AMX; `_int_mm` does not."""
+    called = []
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", lambda *args: called.append(args))
+    original = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda *args: called.append("int_mm") or original(*args))
+    through_torch(rows(3, 16), *layer(16, 8))
+    assert called == ["int_mm"]
+
+
+def test_every_bit_of_the_codes_is_used():
+    """torch.ao's reduce_range leaves 7 bits, whose steps are twice as wide."""
+    weight, scale, _ = layer(256, 64)
+    x = rows(8, 256)
+    exact = x.double() @ (weight.double() * scale).t()
+    wide = (x.amax() - x.amin()) / 127
+    coarse = ((x / wide).round() * wide).double() @ (weight.double() * scale).t()
+    assert relative_error(int8_linear(x, weight, scale), exact) < 0.6 * relative_error(coarse, exact)
+
+
+def test_falls_back_without_a_c_kernel(monkeypatch):
+    monkeypatch.setattr(kernel, "accelerated", lambda: False)
     weight, scale, bias = layer(16, 8)
     for x in (rows(1, 16), rows(5, 16)):
-        assert relative_error(linear(x, weight, scale, bias), reference(x, weight, scale, bias)) < 1e-5
+        got = kernel._default(x, weight, scale, bias, None, None, None)
+        assert relative_error(got, reference(x, weight, scale, bias)) < 1e-5
 
 
 def test_only_right_and_fast_paths_are_trusted():
@@ -228,14 +342,14 @@ def test_only_right_and_fast_paths_are_trusted():
         sleep(0.05)
         return x @ x
 
-    def plain():
+    def fast():
         return x @ x
 
-    assert trusted(plain, plain, x @ x, 1e-6)
-    assert not trusted(lambda: x, plain, x @ x, 1e-6)
-    assert not trusted(lambda: plain() * torch.nan, plain, x @ x, 1e-6)
-    assert not trusted(missing, plain, x @ x, 1e-6)
-    assert not trusted(slow, plain, x @ x, 1e-6)
+    assert trusted(fast, fast, x @ x, 1e-6)
+    assert not trusted(lambda: x, fast, x @ x, 1e-6)
+    assert not trusted(lambda: fast() * torch.nan, fast, x @ x, 1e-6)
+    assert not trusted(missing, fast, x @ x, 1e-6)
+    assert not trusted(slow, fast, x @ x, 1e-6)
 
 
 def test_paired_times_every_function():

@@ -1,46 +1,101 @@
-"""Linear layer with int8 weights (one scale an output) and activations quantized to int8 a row at run time."""
+"""Linear layer with int8 weights (one scale an output) and activations quantized to uint8 a row at run time."""
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from compress_kernels.int8_linear.cpu import linear, plain
+from compress_kernels import native, native_torch
+from compress_kernels.int8_linear import source
+from compress_kernels.int8_linear.torch_path import plain
+from compress_kernels.timing import trusted
 
 NAME = "compress::int8_linear"
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_factor, Tensor? input_scale, "
+    "Tensor? input_zero_point) -> Tensor"
+)
 
 
-def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in] int8 with weight_scale [out, 1]; the result has the dtype of x."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_in_torch_dispatch_mode():
-        return torch.ops.compress.int8_linear.default(x, weight, weight_scale, bias)
-    return _forward(x, weight, weight_scale, bias)  # the operator's own cost is that of a small layer on one row
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_factor: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+) -> Tensor:
+    """x [..., in] times input_factor [in], quantized, times weight [out, in] int8 with weight_scale [out, 1].
+
+    Without an input_scale each row gets the scale and the zero point that span its values. The result has the dtype of
+    x, and the same bits on every CPU path and at every number of threads.
+    """
+    assert x.shape[-1] == weight.shape[1], f"x has {x.shape[-1]} features, the weight {weight.shape[1]}"
+    arguments = x.contiguous(), weight, weight_scale, bias, input_factor, input_scale, input_zero_point
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return torch.ops.compress.int8_linear_autograd.default(*arguments)
+    return torch.ops.compress.int8_linear.default(*arguments)
 
 
-def _forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    assert x.is_floating_point() and x.shape[-1] == weight.shape[1], (x.dtype, x.shape, weight.shape)
-    if x.device.type == "cpu":
-        return linear(x, weight, weight_scale, bias)
-    out = plain(x.flatten(0, -2), weight, weight_scale.float().flatten(), None if bias is None else bias.float())
-    return out.to(x.dtype).view(*x.shape[:-1], len(weight))
+def _default(*arguments: Tensor | None) -> Tensor:
+    """Runs until the C kernel is there, which then takes the calls on a CPU; for good where there is none."""
+    if arguments[0].device.type == "cpu" and accelerated():
+        return torch.ops.compress.int8_linear.default(*arguments)
+    return plain(*arguments)
+
+
+@cache
+def accelerated() -> bool:
+    """Build the C kernel and put it in the operator's place, if it gives the same bits as torch's path here."""
+    library = native.build(native_torch.SOURCE + source.SOURCE)
+    if library is None or library.install(b"int8_linear_native"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(33, 200, generator=generator)
+    x[0], x[1], x[2] = 1, -1, 0  # all codes at their limits, and none
+    weight = torch.randint(-127, 128, (100, 200), generator=generator, dtype=torch.int8)
+    weight[0], weight[1] = 127, -127
+    rest = weight, torch.rand(100, 1, generator=generator), torch.randn(100, generator=generator), None, None, None
+    for rows in (x, x[:3]):
+        fast, expected = partial(torch.ops.compress.int8_linear_native, rows, *rest), plain(rows, *rest)
+        if not trusted(fast, partial(plain, rows, *rest), expected, 0):
+            return False
+    return library.install(b"int8_linear") == 0
+
+
+def _fake(x, weight, *rest):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:3])
+    ctx.save_for_backward(inputs[1], inputs[2], inputs[4])
 
 
 def _backward(ctx, grad: Tensor):
     """Straight through the rounding: the gradient of the layer with dequantized weights."""
-    weight, weight_scale = ctx.saved_tensors
-    grad_x = grad @ (weight.to(grad.dtype) * weight_scale.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
-    return grad_x, None, None, grad_bias
+    weight, weight_scale, input_factor = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ (weight.to(grad.dtype) * weight_scale.to(grad.dtype))
+        grad_x = grad_x if input_factor is None else grad_x * input_factor.to(grad.dtype)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.flatten(0, -2).sum(0)
+    return grad_x, None, None, grad_bias, None, None, None
+
+
+def _define() -> None:
+    operators = torch.ops.compress
+    for name, function in (("", _default), ("_plain", plain), ("_autograd", operators.int8_linear)):
+        torch.library.impl(NAME + name, "default", function)
+        torch.library.register_fake(NAME + name, _fake)
+    torch.library.register_autograd(NAME + "_autograd", _backward, setup_context=_keep)
 
 
 # The same file may run twice, from the package and from the code beside a checkpoint; one of them defines.
 if not hasattr(torch.ops.compress, "int8_linear"):
-    torch.library.define(NAME, "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor")
-    torch.library.impl(NAME, "default", _forward)
-    torch.library.register_fake(NAME, lambda x, weight, scale, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
-    torch.library.register_autograd(NAME, _backward, setup_context=_keep)
+    for suffix in ("", "_plain", "_native", "_autograd"):
+        torch.library.define(NAME + suffix, SCHEMA)
+    _define()

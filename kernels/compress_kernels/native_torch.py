@@ -1,0 +1,97 @@
+"""What our C kernels share: vectors of float32 or bfloat16, work spread over torch's threads, torch's C interface."""
+
+SOURCE = r"""
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#if !defined(__AVX512VNNI__) || !defined(__AVX512VL__) || !defined(__AVX512BW__)
+#error this processor has no AVX512-VNNI
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+typedef struct { const void *data; int64_t half; } Floats; /* bfloat16 where half is not 0, else float32 */
+
+INLINE __mmask16 head16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+INLINE __mmask64 head64(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
+INLINE int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE __m512 load(Floats from, int64_t at, __mmask16 mask) {
+  if (!from.half) return _mm512_maskz_loadu_ps(mask, (const float *)from.data + at);
+  __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)from.data + at);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+INLINE void store(void *to, int64_t half, int64_t at, __m512 v, __mmask16 mask) {
+  if (!half) { _mm512_mask_storeu_ps((float *)to + at, mask, v); return; }
+  __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))); /* to nearest, ties to even */
+  bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  _mm256_mask_storeu_epi16((uint16_t *)to + at, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+}
+
+/* ---- torch's threads ---- */
+enum { GRAIN = 1 << 18 };
+typedef void (*Part)(int64_t begin, int64_t end, void *job);
+int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, Part part, void *job);
+int32_t torch_get_num_threads(uint32_t *count);
+static int64_t threads(void) { uint32_t count = 1; torch_get_num_threads(&count); return count; }
+static void spread(int64_t count, int64_t cost, Part part, void *job) { /* cost: about the products of one */
+  int64_t grain = GRAIN / (cost + 1) + 1;
+  if (count <= grain) part(0, count, job);
+  else torch_parallel_for(0, count, grain, part, job);
+}
+
+/* ---- torch's tensors; operators get and give them as Values ---- */
+typedef uint64_t Value;
+typedef void *Tensor;
+int32_t aoti_torch_get_data_ptr(Tensor, void **);
+int32_t aoti_torch_get_dtype(Tensor, int32_t *);
+int32_t aoti_torch_get_dim(Tensor, int64_t *);
+int32_t aoti_torch_get_sizes(Tensor, int64_t **);
+int32_t aoti_torch_get_strides(Tensor, int64_t **);
+int32_t aoti_torch_is_contiguous(Tensor, _Bool *);
+int32_t aoti_torch_delete_tensor_object(Tensor);
+int32_t aoti_torch_new_uninitialized_tensor(Tensor *);
+int32_t aoti_torch_empty_strided(int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, Tensor *);
+int32_t aoti_torch_dtype_float32(void), aoti_torch_dtype_bfloat16(void), aoti_torch_device_type_cpu(void);
+int32_t aoti_torch_call_dispatcher(const char *, const char *, Value *);
+int32_t aoti_torch_library_init_impl(const char *, const char *, const char *, uint32_t, void **);
+int32_t aoti_torch_library_impl(void *, const char *, void (*)(Value *, uint64_t, uint64_t));
+void operator_delete(void *) __asm__("_ZdlPv"); /* torch hands optional arguments over in C++ memory */
+
+INLINE Tensor optional(Value value) { return value ? (Tensor)*(Value *)value : NULL; }
+INLINE void *address(Tensor t) { void *data = NULL; if (t) aoti_torch_get_data_ptr(t, &data); return data; }
+INLINE const int64_t *sizes(Tensor t) { int64_t *found; aoti_torch_get_sizes(t, &found); return found; }
+INLINE int whole(Tensor t) { _Bool found; aoti_torch_is_contiguous(t, &found); return found; }
+static int floats(Tensor t, Floats *out) { /* 0: of a kind that is not handled here; NULL is */
+  int32_t type;
+  *out = (Floats){NULL, 0};
+  if (!t) return 1;
+  aoti_torch_get_dtype(t, &type);
+  *out = (Floats){address(t), type == aoti_torch_dtype_bfloat16()};
+  return whole(t) && (out->half || type == aoti_torch_dtype_float32());
+}
+static Tensor empty(int64_t dims, const int64_t *shape, int64_t half) {
+  int64_t strides[16], step = 1;
+  Tensor made;
+  for (int64_t d = dims - 1; d >= 0; --d) strides[d] = step, step *= shape[d] ? shape[d] : 1;
+  int32_t type = half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
+  aoti_torch_empty_strided(dims, shape, strides, type, aoti_torch_device_type_cpu(), 0, &made);
+  return made;
+}
+static void release(Value *stack, int required, int optionals) { /* the arguments, which are ours to free */
+  for (int i = 0; i < required; ++i) aoti_torch_delete_tensor_object((Tensor)stack[i]);
+  for (int i = required; i < required + optionals; ++i)
+    if (stack[i]) aoti_torch_delete_tensor_object(optional(stack[i])), operator_delete((void *)stack[i]);
+}
+static void hand_over(const char *operator, Value *stack) { /* to another; what that raises is lost */
+  Tensor none;
+  if (!aoti_torch_call_dispatcher(operator, "", stack)) return;
+  aoti_torch_new_uninitialized_tensor(&none), stack[0] = (Value)none;
+}
+static int32_t implement(const char *name, void (*operator)(Value *, uint64_t, uint64_t)) {
+  void *library; /* lives as long as the process */
+  int32_t failed = aoti_torch_library_init_impl("compress", "CPU", __FILE__, __LINE__, &library);
+  return failed ? failed : aoti_torch_library_impl(library, name, operator);
+}
+"""
