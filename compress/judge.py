@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compress.emit import tensor_bytes
-from compress.errors import LimitMissed
+from compress.errors import CompressError, LimitMissed
 from compress.example import example
 from compress.harness import scores
 from compress.measure import Measure, human
@@ -41,6 +41,13 @@ def check_measures(source: Source, recipe: Recipe, batches: list[dict]) -> None:
     """Refuse, before any work is done, what cannot be measured on this model and these samples."""
     from compress.validate import check
 
+    kind = next(source.model.parameters()).device.type
+    for step in recipe.steps if recipe.validate_ and "latency" in recipe.validate_.limits else ():
+        if kind in step.method.emulated:
+            raise CompressError(
+                f"{step.where}: {step.use} is only imitated on a {kind}, its latency there says nothing; "
+                "leave latency out of validate, or run where it is native"
+            )
     names = answered(recipe)
     check(names, source.model, batches, sampling(source, recipe, batches) if "psnr" in names else None)
 

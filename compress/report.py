@@ -133,7 +133,7 @@ class Report:
         return [(step["use"], *(human(step[key], unit) for key, unit in units.items())) for step in self.steps]
 
     def remarks(self) -> list[str]:
-        """What the numbers alone would hide: notes of measures, modules left alone, globs that name nothing."""
+        """What the numbers alone would hide: notes of measures, modules left alone, idle globs, remarks of methods."""
         lines = [f"{measure.name}: {measure.note}" for measure in self.measures if measure.note]
         for step in self.steps:
             if refused := step["notes"].get("refused"):
@@ -141,4 +141,5 @@ class Report:
                 lines.append(f"{step['use']} left alone: {told}")
             if names := step["notes"].get("idle"):
                 lines.append(f"{step['use']}: names no module: {one_of(names, 3)}")
+            lines += [f"{step['use']}: {remark}" for remark in step["notes"].get("remarks", ())]
         return lines

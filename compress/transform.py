@@ -45,6 +45,7 @@ class Transform(BaseModel):
     needs_data: ClassVar[bool] = False  # is it refused without batches for `calibrate`?
     uses_data: ClassVar[bool] = False  # does `calibrate` look at batches where there are some?
     prepares: ClassVar[bool] = False  # does it leave its modules to later steps of the family?
+    emulated: ClassVar[tuple[str, ...]] = ()  # kinds of device that only imitate what its layers do, without the speed
     neutral: ClassVar[dict | None] = None  # options that change nothing, where the method has such
     example: ClassVar[dict] = {}  # the smallest options that show the method on a tiny model; the laws use them
 
