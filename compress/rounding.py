@@ -28,6 +28,15 @@ class Grid:
         """The weight as [out, groups, columns of a group]."""
         return weight.float().unflatten(1, (self.scale.shape[1], -1))
 
+    def zero_point(self) -> Tensor | None:
+        """The zero points as codes; None where there are none."""
+        return None if self.symmetric else self.zero.to(torch.int8)
+
+    def split(self, sizes: list[int]) -> list[Grid]:
+        """The grids of the weights that were stacked in rows."""
+        parts = zip(self.scale.split(sizes), self.zero.split(sizes), strict=True)
+        return [replace(self, scale=scale, zero=zero) for scale, zero in parts]
+
 
 def span(bits: int) -> tuple[int, int]:
     """The lowest and the highest code."""
