@@ -8,7 +8,52 @@ import numpy as np
 
 from compress.errors import CompressError
 
+Table = dict[str, dict[str, float]]  # path -> choice -> number
 EQUAL = 1e-12  # sums that differ by less differ by the order of adding
+
+
+CLOSE = 1 + 1e-9
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A knapsack over units of layers, each unit with one choice for all its layers."""
+
+    units: list[list[str]]  # the paths of the layers
+    names: list[str]  # of the choices
+    costs: list[list[float]]
+    weights: list[list[float]]
+    budget: float
+
+    @classmethod
+    def of(cls, units: list[list[str]], names: list[str], costs: Table, weights: Table, budget: float) -> Problem:
+        """From tables that tell for each path what each choice costs and weighs."""
+        sums = [[[sum(t[path][name] for path in unit) for name in names] for unit in units] for t in (costs, weights)]
+        return cls(units, names, *sums, budget)
+
+    def solve(self, budget: float) -> list[int]:
+        """The best choice of each unit within a budget."""
+        return allocate(self.costs, self.weights, budget)
+
+    def uniform(self) -> list[int] | None:
+        """The best of the allocations with one choice for all that keep the budget, if any does."""
+        every = [[choice] * len(self.units) for choice in range(len(self.names))]
+        fitting = [chosen for chosen in every if self.weight(chosen) <= self.budget * CLOSE]
+        return min(fitting, key=self.cost, default=None)
+
+    def smallest(self) -> float:
+        """What the least possible weighs."""
+        return sum(min(row) for row in self.weights)
+
+    def weight(self, chosen: list[int]) -> float:
+        return sum(row[choice] for row, choice in zip(self.weights, chosen, strict=True))
+
+    def cost(self, chosen: list[int]) -> float:
+        return sum(row[choice] for row, choice in zip(self.costs, chosen, strict=True))
+
+    def by_path(self, chosen: list[int]) -> dict[str, str]:
+        """The name of each layer's choice."""
+        return {path: self.names[choice] for unit, choice in zip(self.units, chosen, strict=True) for path in unit}
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from compress.allocation import allocate, frontier
+from compress.allocation import CLOSE, Problem, Table, frontier
 from compress.budgets import KEEP, Settings, operations, seconds, stored
 from compress.data import rows as examples_in
 from compress.errors import CompressError
+from compress.measure import human
 from compress.probing import Answers, instead
-from compress.sensitivity import Table, costs
+from compress.sensitivity import costs
 from compress.view import View
 
 if TYPE_CHECKING:
@@ -23,48 +23,15 @@ if TYPE_CHECKING:
 
 UNITS = {"size": "bytes", "bits": "bytes", "bops": "bit operations", "latency": "s"}
 HELD = 4  # every so many batches one is held out
-CLOSE = 1 + 1e-9
 Make = Callable[[nn.Module, dict], nn.Module]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A knapsack whose units are the layers, those that share a weight together."""
-
-    units: list[list[str]]
-    names: list[str]
-    costs: list[list[float]]
-    weights: list[list[float]]
-    budget: float
-
-    @classmethod
-    def of(cls, layers: dict[str, nn.Module], names: list[str], costs: Table, weights: Table, budget: float) -> Problem:
-        sharing = defaultdict(list)
-        for path, module in layers.items():
-            sharing[id(module.weight)].append(path)
-        units = list(sharing.values())
-        sums = [[[sum(t[path][name] for path in unit) for name in names] for unit in units] for t in (costs, weights)]
-        return cls(units, names, *sums, budget)
-
-    def solve(self, budget: float) -> list[int]:
-        """The best choice of each unit within a budget."""
-        return allocate(self.costs, self.weights, budget)
-
-    def uniform(self) -> list[int] | None:
-        """The best of the allocations with one choice for all that keep the budget, if any does."""
-        every = [[choice] * len(self.units) for choice in range(len(self.names))]
-        fitting = [chosen for chosen in every if self.weight(chosen) <= self.budget * CLOSE]
-        return min(fitting, key=self.cost, default=None)
-
-    def weight(self, chosen: list[int]) -> float:
-        return sum(row[choice] for row, choice in zip(self.weights, chosen, strict=True))
-
-    def cost(self, chosen: list[int]) -> float:
-        return sum(row[choice] for row, choice in zip(self.costs, chosen, strict=True))
-
-    def by_path(self, chosen: list[int]) -> dict[str, str]:
-        """The name of each layer's choice."""
-        return {path: self.names[choice] for unit, choice in zip(self.units, chosen, strict=True) for path in unit}
+def units(layers: dict[str, nn.Module]) -> list[list[str]]:
+    """The layers, those that share a weight together."""
+    sharing = defaultdict(list)
+    for path, module in layers.items():
+        sharing[id(module.weight)].append(path)
+    return list(sharing.values())
 
 
 def planned(method: Mixed, layers: dict[str, nn.Module], make: Make) -> dict[str, dict]:
@@ -75,19 +42,19 @@ def planned(method: Mixed, layers: dict[str, nn.Module], make: Make) -> dict[str
         for path, module in layers.items()
     }
     weights, budget = weighed(method, layers, settings, dict.fromkeys(layers, 1), make, measure=False)
-    problem = Problem.of(layers, list(method.choices), guess, weights, budget)
+    problem = Problem.of(units(layers), list(method.choices), guess, weights, budget)
     check(method, problem)
     return edits(settings, problem.by_path(problem.solve(problem.budget)))
 
 
 def check(method: Mixed, problem: Problem) -> None:
     """Refuse a budget that no allocation keeps."""
-    smallest = sum(min(row) for row in problem.weights)
-    if smallest > problem.budget * CLOSE:
+    if problem.smallest() > problem.budget * CLOSE:
         name = given(method)
         value = getattr(method, name)
+        least = value * problem.smallest() / problem.budget
         raise CompressError(
-            f"quantize.mixed: {name} is {value:g}, the smallest possible is {value * smallest / problem.budget:.4g} "
+            f"quantize.mixed: {name} is {value:g}, the smallest possible is {least:.4g} "
             f"with the choices {', '.join(problem.names)}"
         )
 
@@ -146,7 +113,7 @@ def allocated(
     found = costs(method.sensitivity, view, layers, names, quantized, seen, spread(seen, method.probe))
     table = {path: own | {KEEP: 0.0} for path, own in found.table.items()}
     weights, budget = weighed(method, layers, settings, found.rows, make)
-    problem = Problem.of(layers, list(method.choices), table, weights, budget)
+    problem = Problem.of(units(layers), list(method.choices), table, weights, budget)
     check(method, problem)
     tried = candidates(problem)
     measured = trial(view, {name: {p: quantized(p, c) for p, c in problem.by_path(chosen).items() if c != KEEP}
@@ -167,11 +134,28 @@ def allocated(
             for name, way in tried.items()
         },
         "taken": best,
-        "held_out": held[0] is not seen[0],
+        "data": "held-out data" if held[0] is not seen[0] else "the calibration data itself",
     }
     coarsest = max(names, key=lambda name: sum(own[name] for own in table.values()))
     scores = {path: own[coarsest] for path, own in table.items()}
-    return edits(settings, chosen), {"allocation": told, f"{method.sensitivity} at {coarsest}": scores}
+    return edits(settings, chosen), {
+        "allocation": told,
+        "remarks": [remark(told)],
+        f"{method.sensitivity} at {coarsest}": scores,
+    }
+
+
+def remark(told: dict) -> str:
+    """The outcome in one line."""
+    counts = ", ".join(f"{number} {name}" for name, number in Counter(told["choices"].values()).most_common())
+    losses = ", ".join(
+        f"{name} {point['measured']:.3g} (predicted {point['predicted']:.3g}) at {human(point['weight'], told['unit'])}"
+        for name, point in told["points"].items()
+    )
+    return (
+        f"{told['average']:.3g} bits a weight on average with scales ({counts}); loss on {told['data']}: {losses}; "
+        f"taken: {told['taken']}"
+    )
 
 
 def candidates(problem: Problem) -> dict[str, list[int]]:

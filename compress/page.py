@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from html import escape
 
 from compress.measure import human
-from compress.plots import bars
+from compress.plots import bars, cells, curve
 from compress.report import LEDGER, MEASURES, Report
 
 STYLE = """
@@ -30,6 +32,7 @@ th { font-weight: 600; font-size: .85rem } .missed { color: var(--bad); font-wei
 figure { margin: .8rem 0; padding: .8rem } figcaption { margin-bottom: .5rem; overflow-wrap: anywhere }
 .plot { max-height: 44rem; overflow: auto } svg { display: block; max-width: none }
 svg text { font: 12px ui-monospace, monospace; fill: var(--ink) } svg .label { text-anchor: end; fill: var(--soft) }
+svg .cell { text-anchor: middle } .line { fill: none; stroke: var(--main); stroke-width: 2 }
 .stayed { fill: var(--main) } .went { fill: var(--pale) } .grew { fill: var(--bad) } .axis { stroke: var(--soft) }
 """
 
@@ -49,6 +52,7 @@ def page(report: Report) -> str:
         "<h2>What each step did</h2>",
         _table(LEDGER, report.step_rows()),
         *_waterfall(report),
+        *[plot for step in report.steps if "allocation" in step["notes"] for plot in _allocation(step)],
         "<h2>Layers</h2>" if report.layers or _scores(report) else "",
         *_layers(report),
         *[bars(title, [(path, value, value, human(value)) for path, value in rows]) for title, rows in _scores(report)],
@@ -95,6 +99,24 @@ def _waterfall(report: Report) -> list[str]:
     errors = [(use, error, error, human(error)) for use, error in told]
     plots = [("Size after each step", rows), ("Error against the original after each step", errors)]
     return [bars(title, drawn) for title, drawn in plots if drawn]
+
+
+def _allocation(step: dict) -> list[str]:
+    """What each layer got, by its place in the stack and its role there, and what other budgets would have cost."""
+    told = step["notes"]["allocation"]
+    grid, most = defaultdict(dict), max(told["bits"].values())
+    for path, bits in told["bits"].items():
+        number = re.search(r"(?<=\.)\d+(?=\.)|^\d+", path)
+        role = path if number is None else f"{path[: number.start()]}*{path[number.end() :]}"
+        name = told["choices"][path]
+        hint = f"{path}: {name}, {bits:.3g} bits a weight with its scales"
+        grid[role][int(number[0]) if number else 0] = (name.removeprefix("w").partition("g")[0][:3], bits / most, hint)
+    marks = {name: (point["weight"], point["measured"]) for name, point in told["points"].items()}
+    title = f"{step['use']}: predicted loss (by {told['by']}) of the best allocation for each budget"
+    return [
+        cells(f"{step['use']}: bits of every layer, {told['average']:.3g} a weight on average", dict(grid)),
+        curve(f"{title}; dots: measured on {told['data']}", told["curve"], marks, told["unit"]),
+    ]
 
 
 def _layers(report: Report) -> list[str]:

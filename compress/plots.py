@@ -1,12 +1,16 @@
-"""Plots as inline SVG: rows of horizontal bars, which carry long module names and any number of layers."""
+"""Plots as inline SVG: rows of bars or cells, which carry long module names and any number of layers, and curves."""
 
 from __future__ import annotations
 
 import math
 from html import escape
 
+from compress.measure import human
+
 LABEL, BAR, VALUE, ROW = 300, 420, 150, 22  # widths of the three columns and the height of a row
 LETTERS = 40  # how many fit into LABEL
+CELL = 28  # width of a cell
+HEIGHT, DOT = 260, 4  # of a curve and of its marks
 
 
 def bars(title: str, rows: list[tuple[str, float, float, str]]) -> str:
@@ -15,12 +19,56 @@ def bars(title: str, rows: list[tuple[str, float, float, str]]) -> str:
     low, high = min([0.0, *numbers]), max([0.0, *numbers])
     scale = BAR / ((high - low) or 1)
     lines = [_row(index * ROW, row, low, scale) for index, row in enumerate(rows)]
-    width, height = LABEL + BAR + VALUE, len(rows) * ROW
     zero = LABEL - low * scale
-    axis = f'<line class="axis" x1="{zero:.1f}" x2="{zero:.1f}" y1="0" y2="{height}"/>'
+    axis = f'<line class="axis" x1="{zero:.1f}" x2="{zero:.1f}" y1="0" y2="{len(rows) * ROW}"/>'
+    return _figure(title, "".join(lines) + axis, LABEL + BAR + VALUE, len(rows) * ROW)
+
+
+def cells(title: str, rows: dict[str, dict[int, tuple[str, float, str]]]) -> str:
+    """A grid: of every row the cells by column, with their text, shade from 0 to 1 and what hovering tells."""
+    columns = 1 + max(column for row in rows.values() for column in row)
+    drawn = []
+    for index, (label, row) in enumerate(rows.items()):
+        top = index * ROW
+        drawn.append(f'<text class="label" x="{LABEL - 8}" y="{top + 15}">{escape(_short(label))}</text>')
+        for column, cell in row.items():
+            text, shade, told = cell
+            left = LABEL + column * CELL
+            drawn.append(
+                f'<g><title>{escape(told)}</title><rect class="stayed" x="{left}" y="{top + 1}" width="{CELL - 2}"'
+                f' height="{ROW - 2}" fill-opacity="{0.08 + 0.82 * shade:.2f}"/>'
+                f'<text class="cell" x="{left + CELL / 2 - 1:g}" y="{top + 15}">{escape(text)}</text></g>'
+            )
+    return _figure(title, "".join(drawn), LABEL + columns * CELL, len(rows) * ROW)
+
+
+def curve(title: str, line: list[tuple[float, float]], marks: dict[str, tuple[float, float]], unit: str) -> str:
+    """A falling line over logarithmic heights, with marks on and beside it that are told apart by their texts."""
+    points = [*line, *marks.values()]
+    heights = [y for _, y in points if 0 < y < math.inf]
+    if len(points) < 2 or not heights:
+        return ""
+    left, right = min(x for x, _ in points), max(x for x, _ in points)
+    low, high = math.log(min(heights)), math.log(max(heights))
+
+    def place(point: tuple[float, float]) -> str:
+        x = DOT + (point[0] - left) / ((right - left) or 1) * (LABEL + BAR - 2 * DOT)
+        level = math.log(min(max(point[1], math.exp(low)), math.exp(high)))
+        return f"{x:.1f},{DOT + (high - level) / ((high - low) or 1) * (HEIGHT - 2 * DOT):.1f}"
+
+    drawn = [f'<polyline class="line" points="{" ".join(map(place, line))}"/>']
+    for name, point in marks.items():
+        x, y = place(point).split(",")
+        told = f"{name}: {human(point[0], unit)}, {human(point[1])}"
+        drawn.append(f'<circle class="grew" cx="{x}" cy="{y}" r="{DOT}"/>')
+        drawn.append(f'<text x="{float(x) + 8:g}" y="{float(y) + 4:g}">{escape(told)}</text>')
+    return _figure(title, "".join(drawn), LABEL + BAR + 2 * VALUE, HEIGHT)
+
+
+def _figure(title: str, drawn: str, width: int, height: int) -> str:
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><div class="plot"><svg viewBox="0 0 {width} {height}"'
-        f' width="{width}" height="{height}" role="img" aria-label="{escape(title)}">{"".join(lines)}{axis}</svg>'
+        f' width="{width}" height="{height}" role="img" aria-label="{escape(title)}">{drawn}</svg>'
         "</div></figure>"
     )
 

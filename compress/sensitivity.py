@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from compress.allocation import Table
 from compress.errors import CompressError
 from compress.probing import Heard, listen, one_at_a_time
 from compress.relevance import relevance
 from compress.view import View
 
 Build = Callable[[str, str], nn.Module]  # the quantized layer for a path and the name of a choice
-Table = dict[str, dict[str, float]]  # path -> choice -> number
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,39 @@ def test_page_draws_what_was_measured():
     assert "nan" not in text.lower().replace("name", "")
 
 
+def test_page_draws_an_allocation_of_bits_and_its_curve():
+    choices = {f"layers.{n}.mlp.{name}": ("w4g32", "w8a8")[n % 2] for n in range(12) for name in ("up<", "down")}
+    told = {
+        "by": "fisher",
+        "unit": "bytes",
+        "budget": 500.0,
+        "choices": choices | {"head": "keep"},
+        "bits": {path: 4.5 if name == "w4g32" else 8.0 for path, name in choices.items()} | {"head": 32.0},
+        "average": 6.25,
+        "curve": [(400.0, 0.5), (450.0, 0.0625), (800.0, 0.0)],
+        "points": {
+            "mixed": {"weight": 500.0, "predicted": 0.05, "measured": 0.03},
+            "uniform w4": {"weight": 450.0, "predicted": 0.2, "measured": float("inf")},
+        },
+        "data": "held-out data",
+        "taken": "mixed",
+    }
+    step = report().steps[0] | {"use": "quantize.mixed", "notes": {"allocation": told}}
+    text = page(report(steps=[step]))
+    assert Tags(text).open == []
+    titles = re.findall("<figcaption>(.*?)</figcaption>", text)
+    assert "quantize.mixed: bits of every layer, 6.25 a weight on average" in titles
+    grid, curve = (text.split("<figcaption>quantize.mixed: ")[n].partition("</figure>")[0] for n in (1, 2))
+    assert re.findall(r'class="label"[^>]*>([^<]*)<', grid) == ["layers.*.mlp.up&lt;", "layers.*.mlp.down", "head"]
+    assert grid.count("<rect") == 25 and re.findall(r'class="cell"[^>]*>([^<]*)<', grid).count("8a8") == 12
+    columns = {int(x) for x in re.findall(r'<rect class="stayed" x="(\d+)"', grid)}
+    assert len(columns) == 12  # a column for each number of the stack
+    line = re.search(r'points="([^"]*)"', curve)[1].split()
+    places = [tuple(map(float, point.split(","))) for point in line]
+    assert places == sorted(places) and [y for _, y in places] == sorted(y for _, y in places)
+    assert curve.count("<circle") == 2 and "mixed: 500 B, 0.03" in curve and "nan" not in curve
+
+
 def test_page_of_an_empty_report_has_no_plots():
     text = page(report(steps=[], measures=[], verified={}))
     assert "<svg" not in text and "not verified" in text

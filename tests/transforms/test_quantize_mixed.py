@@ -112,7 +112,8 @@ def test_what_is_best_on_held_out_data_is_taken(winner, monkeypatch):
     monkeypatch.setattr("compress.probing.inputs", lambda batch: {k: v for k, v in batch.items() if k != "mark"})
     model, batch = MODELS["llama"]()
     plan = applied(model, [batch | {"mark": mark} for mark in range(4)], bits=6.5, group=16, choices=("w8", "w4", "w2"))
-    assert plan.notes["allocation"]["taken"] == winner and plan.notes["allocation"]["held_out"]
+    assert plan.notes["allocation"]["taken"] == winner
+    assert plan.notes["allocation"]["data"] == "held-out data"
     widths = {edit["bits"] for edit in plan.edits.values()}
     assert widths == {4} if winner == "uniform w4" else len(widths) > 1
 
