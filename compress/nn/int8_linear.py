@@ -37,6 +37,10 @@ class Int8Linear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.bias = bias
+        if input_scale is not None:  # as compressed-tensors stores them
+            input_scale = input_scale.reshape(1)
+            if input_zero_point is not None:
+                input_zero_point = (input_zero_point.reshape(1).to(torch.int32) - 128).to(torch.int8)
         fixed = {"input_factor": input_factor, "input_scale": input_scale, "input_zero_point": input_zero_point}
         for name, tensor in fixed.items():
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
@@ -70,7 +74,7 @@ class Int8Linear(nn.Module):
             self.bias,
             self.input_factor,
             self.input_scale,
-            self.input_zero_point,
+            None if self.input_zero_point is None else self.input_zero_point.to(torch.int32) + 128,
         )
 
     def extra_repr(self) -> str:
