@@ -4,6 +4,8 @@ import importlib
 
 import pytest
 import torch
+
+from compress_kernels.int8_linear.torch_path import plain
 from compress_kernels.weight_only_linear.reference import pack
 
 pytest.importorskip("triton")
@@ -33,37 +35,31 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "depth", "width"), [(1, 64, 64), (17, 100, 33), (70, 130, 65), (3, 1, 1), (130, 33, 130)]
 )
-@pytest.mark.parametrize("bias", [False, True])
-def test_int8_linear_is_exact(kernel, monkeypatch, rows, depth, width, bias):
+@pytest.mark.parametrize("kind", ["dynamic", "factor", "static", "static with zero point"])
+def test_int8_linear_is_the_plain_path_to_the_bit(kernel, monkeypatch, rows, depth, width, kind):
     triton = kernel("int8_linear")
-    poisoned(monkeypatch)
-    x, factor = random(rows, depth) * 3 + 1, random(depth, seed=1).abs() + 0.5
+    x = random(rows, depth) * 3 + 1
     weight = (random(width, depth, seed=2) * 50).round().clamp(-127, 127).to(torch.int8)
-    scale, shift = random(width, seed=3).abs(), random(width, seed=4) if bias else None
-    codes, row_scale, zero = triton.quantize(x, factor)
-    moved = x * factor
-    low, high = moved.amin(1).clamp(max=0), moved.amax(1).clamp(min=0)
-    assert torch.equal(row_scale, (high - low) / 255)
-    assert torch.equal(zero, (-low / row_scale).round().int() - 128)
-    error = (codes - zero[:, None]) * row_scale[:, None] - moved
-    assert (error.abs() <= row_scale[:, None] * 1.001).all()  # half a step, and half of one for the zero point
-    out = triton.linear(x, weight, scale, shift, factor)
-    sums = (codes.long() - zero[:, None]) @ weight.long().T
-    expected = sums.double() * row_scale[:, None].double() * scale.double()
-    expected = expected + (shift.double() if bias else 0)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    factor = random(depth, seed=1).abs() + 0.5 if kind == "factor" else None
+    scale = torch.tensor(0.02) if kind.startswith("static") else None
+    zero = torch.tensor(100) if kind.endswith("point") else None
+    bias = random(width, seed=4) if rows != 70 else None
+    arguments = x, weight, random(width, 1, seed=3).abs(), bias, factor, scale, zero
+    expected = plain(*arguments)
+    poisoned(monkeypatch)
+    assert torch.equal(triton.linear(*arguments), expected)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, which the interpreter calculates with
 def test_rows_of_zeros_and_of_nan(kernel):
     triton = kernel("int8_linear")
-    x = random(4, 40)
-    x[0], x[1, 3], x[2] = 0, float("nan"), 5
-    weight, scale = torch.ones(8, 40, dtype=torch.int8), torch.ones(8)
-    out = triton.linear(x, weight, scale, None, None)
-    assert (out[0] == 0).all()
-    assert out[1].isnan().all()
+    x = random(6, 40)
+    x[0], x[1, 3], x[2], x[4, 0], x[5, 1] = 0, float("nan"), 5, float("inf"), -float("inf")
+    arguments = x, torch.ones(8, 40, dtype=torch.int8), torch.ones(8, 1), None, None, None, None
+    out = triton.linear(*arguments)
+    torch.testing.assert_close(out, plain(*arguments), rtol=0, atol=0, equal_nan=True)
+    assert (out[0] == 0).all() and out[[1, 4, 5]].isnan().all() and out[3].isfinite().all()
     torch.testing.assert_close(out[2], torch.full((8,), 200.0))
-    assert out[3].isfinite().all()
 
 
 def test_all_codes_at_their_limits_do_not_saturate(kernel):
@@ -72,7 +68,7 @@ def test_all_codes_at_their_limits_do_not_saturate(kernel):
     x = torch.ones(16, depth)
     x[:, 0] = 0
     weight = torch.full((16, depth), 127, dtype=torch.int8)
-    out = triton.linear(x, weight, torch.ones(16), None, None)
+    out = triton.linear(x, weight, torch.ones(16, 1), None, None, None, None)
     torch.testing.assert_close(out, torch.full((16, 16), 127.0 * (depth - 1)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -44,7 +45,17 @@ def _default(*arguments: Tensor | None) -> Tensor:
     """Runs until the C kernel is there, which then takes the calls on a CPU; for good where there is none."""
     if arguments[0].device.type == "cpu" and accelerated():
         return torch.ops.compress.int8_linear.default(*arguments)
-    return plain(*arguments)
+    return (on_gpu() if arguments[0].is_cuda and arguments[0].numel() else plain)(*arguments)
+
+
+@cache
+def on_gpu() -> Callable:
+    """The Triton kernels, where Triton is installed."""
+    try:
+        from compress_kernels.int8_linear.triton import linear
+    except ImportError:
+        return plain
+    return linear
 
 
 @cache

@@ -14,27 +14,41 @@ from compress_kernels.packing import packed
 
 # Legend: R rows (tokens), K input features, N output features
 HALF = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds to the nearest even integer
+SMALLEST = tl.constexpr(1e-30)  # as in reference.py
+FARTHEST = tl.constexpr(65536.0)
 GROUPED = tl.constexpr(8)  # tiles of rows that share their tiles of the weight in the cache
 
 
-def linear(x_RK: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, factor_K: Tensor | None) -> Tensor:
-    """x in its own dtype times int8 weight [N, K]; the activations get one scale and one zero point a row."""
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_factor: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+) -> Tensor:
+    """x [..., in] in its own dtype times int8 weight [out, in], as `plain` does it."""
     sum_N = packed(weight, lambda: weight.sum(1, dtype=torch.int32))
-    return multiply(*quantize(x_RK, factor_K), weight, sum_N, scale_N, bias_N, x_RK.dtype)
+    rows = quantize(x.reshape(-1, x.shape[-1]), input_factor, input_scale, input_zero_point)
+    return multiply(*rows, weight, sum_N, weight_scale, bias, x.dtype).view(*x.shape[:-1], len(weight))
 
 
-def quantize(x_RK: Tensor, factor_K: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x_RK: Tensor, factor_K: Tensor | None, scale: Tensor | None = None, zero: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes less 128 as int8, the scale and the zero point (less 128) of every row."""
     rows, depth = x_RK.shape
     codes = torch.empty_like(x_RK, dtype=torch.int8)
-    scale = x_RK.new_empty(rows, dtype=torch.float32)
-    zero = x_RK.new_empty(rows, dtype=torch.int32)
+    scale_R = x_RK.new_empty(rows, dtype=torch.float32)
+    zero_R = x_RK.new_empty(rows, dtype=torch.int32)
     block = triton.next_power_of_2(depth)
     quantize_kernel[(rows,)](
-        x_RK, factor_K, codes, scale, zero, depth,
-        HAS_FACTOR=factor_K is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        x_RK, factor_K, scale, zero, codes, scale_R, zero_R, depth,
+        HAS_FACTOR=factor_K is not None, HAS_SCALE=scale is not None, HAS_ZERO=zero is not None,
+        BLOCK=block, num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
-    return codes, scale, zero
+    return codes, scale_R, zero_R
 
 
 def multiply(
@@ -55,7 +69,10 @@ def multiply(
 
 
 @triton.jit
-def quantize_kernel(x, factor, codes, scale, zero, depth, HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_kernel(
+    x, factor, given_scale, given_zero, codes, scale, zero, depth,
+    HAS_FACTOR: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < depth
@@ -63,14 +80,25 @@ def quantize_kernel(x, factor, codes, scale, zero, depth, HAS_FACTOR: tl.constex
     if HAS_FACTOR:
         value *= tl.load(factor + column, mask=inside, other=0.0).to(tl.float32)
     low = tl.minimum(tl.min(value, 0), 0.0)
-    step = tl.div_rn(tl.maximum(tl.max(value, 0), 0.0) - low, 255.0)
-    lost = tl.max((value != value).to(tl.int32), 0)  # maximum and minimum do not see NaN
-    safe = tl.where(step > 0, step, 1.0)
-    point = (tl.div_rn(-low, safe) + HALF) - HALF
-    code = (tl.div_rn(value, safe) + HALF) - HALF + point
-    code = tl.minimum(tl.maximum(code, 0.0), 255.0) - 128.0
+    span = tl.maximum(tl.max(value, 0), 0.0) - low
+    # Minimum and maximum do not see NaN.
+    finite = (tl.max((value != value).to(tl.int32), 0) == 0) & (span < float("inf"))
+    if HAS_SCALE:
+        step = tl.load(given_scale).to(tl.float32)
+        inverse = tl.div_rn(1.0, step)
+        point = 128.0
+        if HAS_ZERO:
+            point = tl.load(given_zero).to(tl.float32)
+    else:
+        step = tl.where(span > SMALLEST, tl.div_rn(span, 255.0), 0.0)
+        inverse = tl.where(finite & (step > 0), tl.div_rn(1.0, tl.where(step > 0, step, 1.0)), 0.0)
+        point = (-low * inverse + HALF) - HALF
+    point = tl.where(finite, point, 0.0)
+    code = tl.minimum(tl.maximum(value * inverse, -FARTHEST), FARTHEST)
+    code = (code + HALF) - HALF + point
+    code = tl.where(finite, tl.minimum(tl.maximum(code, 0.0), 255.0), 0.0) - 128.0
     tl.store(codes + row * depth + column, code.to(tl.int8), mask=inside)
-    tl.store(scale + row, tl.where(lost > 0, float("nan"), step))
+    tl.store(scale + row, tl.where(finite, step, float("nan")))
     tl.store(zero + row, point.to(tl.int32) - 128)
 
 
@@ -93,9 +121,9 @@ def multiply_kernel(
     zero = tl.load(row_zero + r, mask=r < rows, other=0)
     sums = tl.load(column_sum + n, mask=n < width, other=0)
     result = (total - zero[:, None] * sums[None]).to(tl.float32)
+    result *= tl.load(column_scale + n, mask=n < width, other=0.0).to(tl.float32)[None]
     result *= tl.load(row_scale + r, mask=r < rows, other=0.0)[:, None]
-    result *= tl.load(column_scale + n, mask=n < width, other=0.0)[None]
     if HAS_BIAS:
-        result += tl.load(bias + n, mask=n < width, other=0.0)[None]
+        result += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)[None]
     inside = (r < rows)[:, None] & (n < width)[None]
     tl.store(out + r[:, None] * width + n[None], result.to(out.dtype.element_ty), mask=inside)
