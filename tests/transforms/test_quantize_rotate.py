@@ -155,9 +155,7 @@ def test_what_turns_out_not_to_be_exact_is_taken_back():
     batch = {"input_ids": batch["input_ids"]}
 
     def meddle(module, args, output):
-        return output * torch.linspace(
-            1, 2, 32, device=output.device
-        )  # on a channel that nothing in the graph of the structure shows
+        return output * torch.linspace(1, 2, 32, device=output.device)  # of which the structure knows nothing
 
     model.transformer.h[0].mlp.register_forward_hook(meddle)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

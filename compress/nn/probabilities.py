@@ -1,0 +1,24 @@
+"""What the softmax of an attention gives, for cores that change it before the values are added up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None, causal: bool = False
+) -> Tensor:
+    """The weights [batch, heads, queries, keys] that scaled_dot_product_attention gives the values.
+
+    A row that sees nothing is 0, as there.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)

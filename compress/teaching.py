@@ -1,0 +1,99 @@
+"""A changed copy of a model learns to answer as the original and with fewer outliers between its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.outputs import answer, inputs
+from compress.view import View
+
+RATE = 1e-3  # of each weight's own size
+HELD = 4  # one batch of so many is not trained on
+
+
+def kurtosis(x: Tensor) -> Tensor:
+    """The fourth moment about the mean over the squared second: 3 for a normal distribution."""
+    centred = x.float() - x.float().mean()
+    return centred.pow(4).mean() / centred.square().mean().square().clamp_min(1e-20)
+
+
+class Lesson:
+    """Teacher, student and data; what is asked of the student is the teacher's answer and quiet layers."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[dict], strength: float) -> None:
+        self.student, self.strength = student, strength
+        held = max(len(batches) // HELD, 1)
+        self.held = batches[-held:]
+        self.lessons = batches[:-held] or batches  # a single batch has to do for both
+        with torch.no_grad():
+            self.targets = {id(batch): seen(teacher, batch)[0] for batch in batches}
+
+    def teach(self, steps: int, anneal: Callable[[float], None]) -> None:
+        """Adam on all weights but tables; `anneal(share of the steps that are done)` comes before each step."""
+        tables = {id(m.weight) for m in self.student.modules() if isinstance(m, nn.Embedding)}
+        weights = [p for p in self.student.parameters() if p.is_floating_point() and id(p) not in tables]
+        for weight in self.student.parameters():
+            weight.requires_grad_(any(weight is other for other in weights))
+        adam = torch.optim.Adam([{"params": [w], "lr": RATE * size_of(w)} for w in weights])
+        fall = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(steps):
+            anneal(min(2 * (step + 1) / steps, 1))
+            batch = self.lessons[torch.randint(len(self.lessons), (), generator=generator).item()]
+            adam.zero_grad()
+            with torch.enable_grad():
+                got, layers = seen(self.student, batch)
+                loss = distance(got, self.targets[id(batch)])
+                loss = loss + self.strength * torch.stack([kurtosis(x).log() for x in layers]).mean()
+            if not loss.isfinite():
+                raise CompressError("the distillation diverged; give fewer steps or less strength")
+            loss.backward()
+            adam.step()
+            fall.step()
+
+    @torch.no_grad()
+    def examine(self, model: nn.Module) -> dict:
+        """Mean kurtosis and largest value of what the layers give, layer by layer too, and the error of the answers."""
+        found = [seen(model, batch) for batch in self.held]
+        errors = [distance(got, self.targets[id(batch)]) for (got, _), batch in zip(found, self.held, strict=True)]
+        tails = torch.stack([torch.stack([kurtosis(x) for x in layers]) for _, layers in found]).mean(0)
+        peaks = torch.stack([torch.stack([x.abs().max() for x in layers]) for _, layers in found]).amax(0)
+        return {
+            "kurtosis": tails.mean().item(),
+            "largest": peaks.max().item(),
+            "error": torch.stack(errors).mean().sqrt().item(),
+            "kurtosis by layer": tails.tolist(),
+            "largest by layer": peaks.tolist(),
+        }
+
+
+def seen(model: nn.Module, batch: dict) -> tuple[Tensor, list[Tensor]]:
+    """The answer and what every layer gives, both without padding."""
+    layers: list[Tensor] = []
+    blocks = [model.get_submodule(block.path) for block in View(model).blocks()]
+    hooks = [block.register_forward_hook(lambda _, args, out: layers.append(answer(out))) for block in blocks]
+    try:
+        got = answer(model(**inputs(batch)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    mask = batch.get("attention_mask")
+    return unpadded(got, mask), [unpadded(x, mask) for x in layers]
+
+
+def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x[mask.bool()] if mask is not None and mask.shape == x.shape[: mask.dim()] else x
+
+
+def distance(got: Tensor, target: Tensor) -> Tensor:
+    """Squared error relative to the size of the target."""
+    return (got - target).float().square().mean() / target.float().square().mean().clamp_min(1e-12)
+
+
+def size_of(weight: Tensor) -> float:
+    """Root mean square of a weight; of one that starts at zero that of its kind, about a hundredth."""
+    return weight.detach().float().square().mean().sqrt().item() or 0.01

@@ -1,0 +1,98 @@
+"""Activations without outliers: attention heads that can do nothing by themselves, and a short distillation.
+
+A softmax gives every token something, so heads that want to do nothing write huge values into a few channels to make
+their scores extreme. `gate` lets each head turn itself down (a gate from its query, a few hundred parameters a layer);
+`clip` stretches and cuts the softmax, so that it reaches zero with finite scores. Both begin as the model was. Then all
+weights but embedding tables are trained together for some hundred steps, to answer as before and with a smaller
+kurtosis of what the layers give (the mean of its logarithm, times `strength`). Data held out decides: where kurtosis
+did not fall, or the answers moved by more than `error`, weights and attention are left as they were at the start. The
+notes tell the largest value and the kurtosis of every layer before and after, and the error of the answers.
+
+When it hurts: it is worth something only before activations are quantized with one scale for a whole tensor; scales per
+token hardly need it. Three copies of the weights are in memory while training. A clipped softmax needs all scores at
+once: no flash attention, memory grows with the square of the tokens; prefer the gate. Trained on few texts a model
+forgets what is not in them.
+
+Paper: Bondarenko, Nagel, Blankevoort, "Quantizable Transformers: Removing Outliers by Helping Attention Heads Do
+Nothing", NeurIPS 2023.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import ClassVar, Literal
+
+from compress.attend import attend_through, refusal
+from compress.errors import CompressError
+from compress.nn.quiet_attention import ClippedSoftmax, GatedAttention
+from compress.transform import Field, Plan, Transform
+from compress.view import View
+
+
+class Outliers(Transform):
+    """Gated attention or clipped softmax, with a distillation that takes outliers away."""
+
+    needs_data: ClassVar[bool] = True
+    prepares: ClassVar[bool] = True
+    example: ClassVar[dict] = {"steps": 2}
+
+    by: Literal["gate", "clip"] = Field("gate", description="what lets a head do nothing")
+    alpha: float = Field(4.0, ge=0, description="of clip: shares below about alpha / keys become zero")
+    zeta: float = Field(1.0, ge=1, description="of clip: upper end of the stretch")
+    steps: int = Field(200, ge=1, description="of the distillation")
+    strength: float = Field(0.1, ge=0, description="of the kurtosis in the loss")
+    error: float = Field(0.1, gt=0, description="how far the answers may move, relative, on data held out")
+
+    def plan(self, view: View) -> Plan:
+        if self.by == "gate" and {"alpha", "zeta"} & self.model_fields_set:
+            raise CompressError("quantize.outliers: alpha and zeta belong to by: clip, the gate has no such options")
+        edits, refused = {}, {}
+        for attention in view.attentions():
+            if not self.takes(attention.path):
+                continue
+            why = refusal(view, attention) or ("" if attention.heads else "its heads are not known")
+            if why:
+                refused[attention.path] = why
+            elif self.by == "gate":
+                edits[attention.path] = {"heads": attention.heads, "dim": attention.head_dim}
+            else:
+                edits[attention.path] = {"alpha": self.alpha, "zeta": self.zeta}
+        return Plan(edits, notes={"refused": refused})
+
+    def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
+        from compress.teaching import Lesson
+
+        student = deepcopy(view.model)
+        self.apply(View(student), plan)
+        lesson = Lesson(view.model, student, batches, self.strength)
+        before = lesson.examine(view.model)
+        cores = [student.get_submodule(path).attend for path in plan.edits]
+
+        def anneal(done: float) -> None:
+            for core in cores:
+                if isinstance(core, ClippedSoftmax):
+                    core.alpha, core.zeta = (self.alpha * done, 1 + (self.zeta - 1) * done)
+
+        lesson.teach(self.steps, anneal)
+        after = lesson.examine(student)
+        better = after["kurtosis"] < before["kurtosis"] and after["error"] <= self.error
+        notes = plan.notes | {"before": before, "after": after, "kept": "the trained" if better else "the start"}
+        if not better:
+            start = {"alpha": 0.0, "zeta": 1.0} if self.by == "clip" else {}
+            return Plan({path: edit | start for path, edit in plan.edits.items()}, notes=notes)
+        trained = dict(student.named_parameters())
+        old = dict(view.model.named_parameters())
+        for name, parameter in old.items():
+            parameter.data.copy_(trained[name])
+        gates = {name: tensor.data for name, tensor in trained.items() if name not in old}
+        return Plan(plan.edits, gates, notes)
+
+    def apply(self, view: View, plan: Plan) -> None:
+        known = {attention.path: attention for attention in view.attentions()}
+        like = next(parameter for parameter in view.model.parameters() if parameter.is_floating_point())
+        for path, edit in plan.edits.items():
+            core = GatedAttention(**edit, like=like) if "heads" in edit else ClippedSoftmax(**edit)
+            attend_through(view, known[path], core)
+            for name, parameter in core.named_parameters(recurse=False):
+                if (key := f"{path}.attend.{name}") in plan.tensors:
+                    parameter.data.copy_(plan.tensors[key])
