@@ -19,12 +19,15 @@ Large-Scale Transformers", NeurIPS 2022 (scales per token).
 from __future__ import annotations
 
 from collections import Counter
+from typing import Annotated, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from compress.linears import check_finite, swap, takeable
+from compress.errors import one_of
+from compress.linears import check_finite, output_heads, swap, takeable, weight_owners
 from compress.nn.int8_embedding import Int8Embedding
 from compress.nn.int8_linear import Int8Linear
+from compress.roles import is_linear
 from compress.transform import Field, Plan, Transform
 from compress.view import View
 
@@ -34,22 +37,83 @@ NARROW = 32  # an embedding row below this hardly shrinks
 class Int8(Transform):
     """Linear layers in int8, weights and activations."""
 
+    smooth: Literal["auto", "fold", "off"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "auto",
+        description="even out channels: auto searches a factor for every layer, fold only those that other weights "
+        "can take over, a number is the share that the weights take of all",
+    )
+    solver: Literal["auto", "rtn", "gptq"] = Field("auto", description="rounding of the weights; auto: what loses less")
+    activations: Literal["dynamic", "static"] = Field("dynamic", description="a range per token, or one from the data")
     embeddings: bool = Field(False, description="also store embedding tables as int8 rows")
+    head: bool = Field(False, description="also take the output head, and an embedding table tied to it")
+
+    @property
+    def uses_data(self) -> bool:
+        return self.smooth != "off" or self.solver != "rtn" or self.activations == "static"
+
+    @property
+    def needs_data(self) -> bool:
+        return self.smooth not in ("auto", "off") or self.solver == "gptq" or self.activations == "static"
 
     def plan(self, view: View) -> Plan:
-        taken, refused = takeable(view, self, "quantize.int8")
+        taken, refused = takeable(view, self, "quantize.int8", self.head)
         if self.embeddings:
             tables, left = embeddings(view, self)
             taken, refused = taken | tables, refused | left
-        return Plan({path: {"bits": 8} for path in taken}, notes={"refused": refused})
+        tied, left = tied_heads(view, self) if self.head else ({}, {})
+        refused = {path: why for path, why in (refused | left).items() if path not in tied}
+        remarks = [f"{one_of(tied, 9)} hold the same int8 rows"] if tied else []
+        return Plan({path: {"bits": 8} for path in taken | tied}, notes={"refused": refused, "remarks": remarks})
+
+    def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
+        from compress.int8_calibration import Fit
+
+        heads = output_heads(view)
+        paths = [path for path in plan.edits if is_linear(view.module(path)) and not heads.get(path)]
+        fitted = Fit(view, self.smooth, self.solver, self.activations == "static").run(paths, batches)
+        edits = {path: edit | fitted.settings.get(path, {}) for path, edit in plan.edits.items()}
+        remarks = plan.notes["remarks"] + fitted.notes.pop("remarks", [])
+        return Plan(edits, fitted.tensors, plan.notes | fitted.notes | {"remarks": remarks})
 
     def apply(self, view: View, plan: Plan) -> None:
-        swap(view, plan.edits, build)
+        swap(view, plan.edits, lambda path, module, edit: build(path, module, edit, plan.tensors))
 
 
-def build(path: str, module: nn.Module, settings: dict) -> nn.Module:
-    """The int8 layer for this layer."""
-    return Int8Embedding.from_embedding(module) if isinstance(module, nn.Embedding) else Int8Linear.from_linear(module)
+def build(path: str, module: nn.Module, edit: dict, tensors: dict[str, Tensor]) -> nn.Module:
+    """The int8 layer for this layer; what calibration fitted is in `tensors`, or still to be loaded."""
+    if isinstance(module, nn.Embedding):
+        return Int8Embedding.from_embedding(module)
+    nearest, weight = Int8Linear.from_linear(module), module.weight
+    parts = {"weight": nearest.weight.data, "weight_scale": nearest.weight_scale.data}
+    if edit.get("factor"):
+        parts["input_factor"] = weight.new_ones(nearest.in_features)
+    if edit.get("static"):
+        parts["input_scale"] = weight.new_ones(())
+        parts["input_zero_point"] = weight.new_zeros(())
+    fitted = {name: tensors.get(f"{path}.{name}", part) for name, part in parts.items()}
+    return Int8Linear(**fitted, bias=module.bias, transposed=nearest.transposed)
+
+
+def tied_heads(view: View, method: Int8) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Output heads with the embedding tables that hold the same weight, and why others cannot share codes."""
+    owners, taken, refused = weight_owners(view), {}, {}
+    for head, table in output_heads(view).items():
+        members = {path: view.module(path) for path in owners[id(view.module(head).weight)]}
+        left = next((path for path in members if not method.takes(path)), None)
+        odd = next((path for path, module in members.items() if not is_linear(module) and not is_table(module)), None)
+        if not table or left == head:
+            continue
+        if left or odd:
+            refused[head] = f"{left} stays as it is" if left else f"{odd} is more than a table"
+        else:
+            check_finite(view.module(head).weight, head, "quantize.int8")
+            taken |= members
+    return taken, refused
+
+
+def is_table(module: nn.Module) -> bool:
+    """Is it an embedding that does nothing but look rows up?"""
+    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward and module.max_norm is None
 
 
 def embeddings(view: View, method: Int8) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -61,7 +125,7 @@ def embeddings(view: View, method: Int8) -> tuple[dict[str, nn.Module], dict[str
             continue
         if owners[id(module.weight)] > 1:
             refused[path] = "its table is also the weight of another layer"
-        elif type(module).forward is not nn.Embedding.forward or module.max_norm is not None:
+        elif not is_table(module):
             refused[path] = "it is more than a table"
         elif module.embedding_dim < NARROW:
             refused[path] = f"its rows are narrower than {NARROW}"
