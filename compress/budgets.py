@@ -49,7 +49,7 @@ def operations(
 
     def bits(module: nn.Module, settings: dict | None) -> int:
         own = 8 * module.weight.element_size()
-        return own * own if settings is None else settings["bits"] * (settings["activations"] or own)
+        return own * own if settings is None else settings["bits"] * settings.get("activations", own)
 
     return {
         path: {

@@ -66,7 +66,7 @@ def given(method: Mixed) -> str:
 
 def expected(edit: dict | None) -> float:
     """The squared error of a weight as the number of bits alone tells it; activations add theirs."""
-    return 0.0 if edit is None else 4.0 ** -edit["bits"] * (2 if edit["activations"] else 1)
+    return 0.0 if edit is None else 4.0 ** -edit["bits"] * (2 if "activations" in edit else 1)
 
 
 def edits(settings: dict[str, Settings], chosen: dict[str, str]) -> dict[str, dict]:
@@ -99,12 +99,10 @@ def weights_in(layers: dict[str, nn.Module]) -> int:
 
 
 def allocated(
-    method: Mixed, view: View, layers: dict[str, nn.Module], batches: list[dict], make: Make
+    method: Mixed, view: View, layers: dict[str, nn.Module], seen: list[dict], held: list[dict], make: Make
 ) -> tuple[dict[str, dict], dict]:
     """The edits of the best allocation, or of the uniform one where that is better on held-out data, and the notes."""
     settings = {path: method.settings(module) for path, module in layers.items()}
-    held = batches[HELD - 1 :: HELD] or batches[-1:]
-    seen = [batch for index, batch in enumerate(batches) if index % HELD != HELD - 1][: len(batches) - 1] or batches
     names = [name for name in method.choices if name != KEEP]
 
     def quantized(path: str, name: str) -> nn.Module:
@@ -143,6 +141,12 @@ def allocated(
         "remarks": [remark(told)],
         f"{method.sensitivity} at {coarsest}": scores,
     }
+
+
+def apart(batches: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Batches to learn from, and others to judge by; a single one has to serve for both."""
+    held = batches[HELD - 1 :: HELD] or batches[-1:]
+    return [batch for batch in batches if not any(batch is other for other in held)] or batches, held
 
 
 def remark(told: dict) -> str:

@@ -22,9 +22,17 @@ ROWS = 512  # of each layer's inputs that are kept; more change the estimates by
 class Heard:
     """A sample of the rows that went into a layer, with the gradients at its output where they were asked for."""
 
-    x: list[Tensor] = field(default_factory=list)  # one tensor a call
-    gradient: dict[int, Tensor] = field(default_factory=dict)  # of the calls that the answer depends on
+    parts: list[Tensor] = field(default_factory=list)  # rows of each call
+    slopes: list[Tensor] = field(default_factory=list)  # gradients for them; 0 where the answer does not depend on it
     rows: int = 0  # that went through in all
+
+    def x(self) -> Tensor:
+        """The rows, [rows, in]."""
+        return torch.cat(self.parts)
+
+    def gradient(self) -> Tensor:
+        """Their gradients, [rows, out]."""
+        return torch.cat(self.slopes).float()
 
 
 @dataclass(frozen=True)
@@ -119,13 +127,14 @@ def listener(note: Heard, most: int, gradients: bool) -> Callable:
     def hook(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
         rows = arguments[0].detach().flatten(0, -2)
         picked = torch.linspace(0, len(rows) - 1, min(len(rows), most)).round().long()
-        note.x.append(rows[picked])
+        note.parts.append(rows[picked])
         note.rows += len(rows)
         if gradients:
             if not output.requires_grad:
                 output = output.detach().requires_grad_() * 1
-            at = len(note.x) - 1
-            output.register_hook(lambda gradient: note.gradient.update({at: gradient.flatten(0, -2)[picked]}))
+            at = len(note.slopes)
+            note.slopes.append(output.new_zeros(len(picked), output.shape[-1]))
+            output.register_hook(lambda gradient: note.slopes.__setitem__(at, gradient.flatten(0, -2)[picked]))
         return output
 
     return hook

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -39,10 +40,7 @@ def costs(
     silent = [path for path, note in heard.items() if not note.rows]
     if silent:
         raise CompressError(f"quantize.mixed: no calibration data reached {silent[0]}; leave it out with except")
-    along = directed if kind == "fisher" else squared
-    errors = {
-        path: {name: along(build(path, name), layers[path], note) for name in choices} for path, note in heard.items()
-    }
+    errors = {path: own_errors(layers[path], note, choices, partial(build, path), kind) for path, note in heard.items()}
     if kind == "output_kl":
         factors = measured(view, errors, build, probes)
     elif kind == "lrp":
@@ -56,29 +54,27 @@ def costs(
     return Costs(table, {path: max(1, note.rows // len(batches)) for path, note in heard.items()})
 
 
-def squared(quantized: nn.Module, module: nn.Module, note: Heard) -> float:
-    """The mean squared error of an output row."""
-    return _mean([quantized(x).float().sub_(module(x).float()).square().sum(1) for x in note.x])
-
-
-def directed(quantized: nn.Module, module: nn.Module, note: Heard) -> float:
-    """The mean square of the error along the gradient at the output: what it does to the objective."""
-    return _mean(
-        [
-            (quantized(note.x[at]).float().sub_(module(note.x[at]).float()) * gradient.float()).sum(1).square()
-            for at, gradient in note.gradient.items()
-        ]
-    )
+def own_errors(
+    module: nn.Module, note: Heard, choices: tuple[str, ...], build: Callable[[str], nn.Module], kind: str
+) -> dict[str, float]:
+    """The mean squared error of the layer's output rows under each choice; for `fisher` along the gradient there."""
+    x = note.x()
+    exact, found = module(x).float(), {}
+    for name in choices:
+        off = build(name)(x).float() - exact
+        off = (off * note.gradient()).sum(1).square() if kind == "fisher" else off.square().sum(1)
+        found[name] = off.mean().item()
+    return found
 
 
 def power(module: nn.Module, note: Heard) -> float:
     """The mean square of an output row."""
-    return _mean([module(x).float().square().sum(1) for x in note.x])
+    return module(note.x()).float().square().sum(1).mean().item()
 
 
 def sharpness(note: Heard) -> float:
     """The mean square of a gradient's entry: the trace of the Gauss-Newton matrix by the size of the output."""
-    return _mean([gradient.float().square().mean(1) for gradient in note.gradient.values()])
+    return note.gradient().square().mean().item()
 
 
 def measured(view: View, errors: Table, build: Build, probes: list[dict]) -> dict[str, float]:
@@ -97,7 +93,3 @@ def pivot(errors: dict[str, float]) -> str:
     ranked = sorted(errors, key=lambda name: -errors[name])
     second = ranked[min(1, len(ranked) - 1)]
     return second if errors[second] else ranked[0]
-
-
-def _mean(parts: list[torch.Tensor]) -> float:
-    return torch.cat(parts).mean().item() if parts else 0.0

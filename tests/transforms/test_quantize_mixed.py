@@ -12,13 +12,14 @@ from torch import nn
 from compress.errors import CompressError
 from compress.nn.int8_linear import Int8Linear
 from compress.nn.weight_only_linear import WeightOnlyLinear
+from compress.outputs import relative_error, run
 from compress.transforms.quantize.mixed import Mixed
 from compress.view import View
 from models import MODELS, MORE
 
 
 def applied(model, batches, **options):
-    method, view = Mixed(**options), View(model.eval())
+    method, view = Mixed(**{"solver": "rtn"} | options), View(model.eval())
     plan = method.calibrate(view, method.plan(view), batches)
     method.apply(view, plan)
     return plan
@@ -93,11 +94,15 @@ def test_latency_is_what_the_machine_says(monkeypatch):
 
 def test_times_are_measured_through_the_layers():
     from compress.budgets import seconds
-    from compress.transforms.quantize.mixed import build
+    from compress.transforms.quantize.mixed import rounded
 
     layers = {name: nn.Linear(32, 48) for name in ("one", "two")} | {"other": nn.Linear(48, 32)}
-    choices = {"keep": None, "w8a8": {"bits": 8, "activations": 8}, "w4": {"bits": 4, "activations": None, "group": 16}}
-    table = seconds(layers, dict.fromkeys(layers, choices), dict.fromkeys(layers, 7), build)
+    choices = {
+        "keep": None,
+        "w8a8": {"bits": 8, "activations": 8},
+        "w4": {"bits": 4, "group": 16, "symmetric": True, "solver": "rtn"},
+    }
+    table = seconds(layers, dict.fromkeys(layers, choices), dict.fromkeys(layers, 7), rounded)
     assert table["one"] == table["two"]
     assert all(value > 0 for row in table.values() for value in row.values())
 
@@ -153,11 +158,12 @@ def test_plans_keep_the_budget_without_data_also_on_meta():
 def test_a_group_in_a_choice_comes_before_the_option():
     from compress.transforms.quantize.mixed import settings
 
-    assert settings("w4g32", 64, 96) == {"bits": 4, "activations": None, "group": 32}
-    assert settings("w4", 64, 96) == {"bits": 4, "activations": None, "group": 32}  # 64 does not divide 96
-    assert settings("w8", 64, 128)["group"] == 0
-    assert settings("w8a8", 64, 128) == {"bits": 8, "activations": 8}
-    assert settings("keep", 64, 128) is None
+    plain = {"bits": 4, "group": 32, "symmetric": True, "solver": "rtn"}
+    assert settings("w4g32", 64, True, 96) == plain
+    assert settings("w4", 64, False, 96) == plain | {"symmetric": False}  # 64 does not divide 96
+    assert settings("w8", 64, True, 128)["group"] == 0
+    assert settings("w8a8", 64, True, 128) == {"bits": 8, "activations": 8}
+    assert settings("keep", 64, True, 128) is None
 
 
 @pytest.mark.parametrize(
@@ -182,6 +188,20 @@ def test_budgets_that_cannot_be_kept_are_refused(options, told):
 def test_options_outside_their_ranges_are_refused(options):
     with pytest.raises(ValidationError):
         Mixed(**options)
+
+
+@pytest.mark.parametrize("solver", ["auto", "hqq", "gptq"])
+def test_codes_are_found_by_the_methods_of_both_kinds(solver):
+    errors = {}
+    for kind in ("rtn", solver):
+        model, batch = MODELS["opt"]()
+        with torch.no_grad():
+            exact = run(model.eval(), batch)
+            plan = applied(model, [batch], bits=7.5, group=16, choices=("w8a8", "w4"), solver=kind)
+            errors[kind] = relative_error(run(model, batch), exact)
+    assert {edit.get("activations") for edit in plan.edits.values()} == {8, None}
+    assert {edit["solver"] for edit in plan.edits.values() if "solver" in edit} <= {solver, "gptq", "awq", "hqq"}
+    assert errors[solver] < errors["rtn"]
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])

@@ -25,15 +25,15 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.linears import swap, takeable
-from compress.nn.int8_linear import Int8Linear
-from compress.nn.weight_only_linear import WeightOnlyLinear
 from compress.roles import width_in
 from compress.transform import Field, Plan, Transform
-from compress.transforms.quantize.weight_only import fitting
+from compress.transforms.quantize.int8 import Int8
+from compress.transforms.quantize.int8 import build as build_int8
+from compress.transforms.quantize.weight_only import WeightOnly, built, fitting
 from compress.view import View
 
 Choice = Annotated[str, Field(pattern=r"^(keep|w8a8|w[23468](g(16|32|64|128))?)$")]
@@ -58,6 +58,11 @@ class Mixed(Transform):
         "output_kl", description="how it is estimated"
     )
     group: int = Field(64, ge=0, multiple_of=16, description="inputs that share a scale below 8 bits, 0: all")
+    symmetric: bool = Field(True, description="no zero points")
+    solver: Literal["auto", "rtn", "hqq", "gptq"] = Field(
+        "auto",
+        description="how codes are found once bits are chosen, as in weight_only and int8",
+    )
     probe: int = Field(4, ge=1, description="examples on which output_kl measures every layer")
 
     def plan(self, view: View) -> Plan:
@@ -69,25 +74,28 @@ class Mixed(Transform):
                                 "bits, bops and latency")  # fmt: skip
         taken, refused = takeable(view, self, "quantize.mixed")
         refused |= {mlp.path: mlp.refusal for mlp in view.mlps() if "3-D" in mlp.refusal and self.takes(mlp.path)}
-        return Plan(planned(self, taken, build) if taken else {}, notes={"refused": refused})
+        return Plan(planned(self, taken, rounded) if taken else {}, notes={"refused": refused})
 
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
-        from compress.mixing import allocated
+        from compress.mixing import allocated, apart
 
         if not plan.edits:
             return plan
-        edits, notes = allocated(self, view, takeable(view, self, "quantize.mixed")[0], batches, build)
-        return Plan(edits, notes=plan.notes | notes)
+        layers = takeable(view, self, "quantize.mixed")[0]
+        seen, held = apart(batches)
+        edits, notes = allocated(self, view, layers, seen, held, rounded)
+        found = Plan(edits, notes=plan.notes | notes)
+        return found if self.solver == "rtn" else solved(view, found, seen, self.solver)
 
     def apply(self, view: View, plan: Plan) -> None:
-        swap(view, plan.edits, lambda path, module, edit: build(module, edit))
+        swap(view, plan.edits, lambda path, module, edit: build(path, module, edit, plan.tensors))
 
     def settings(self, module: nn.Module) -> dict[str, dict | None]:
         """What each choice means for this layer; None: it stays as it is."""
-        return {name: settings(name, self.group, width_in(module)) for name in self.choices}
+        return {name: settings(name, self.group, self.symmetric, width_in(module)) for name in self.choices}
 
 
-def settings(name: str, group: int, width: int) -> dict | None:
+def settings(name: str, group: int, symmetric: bool, width: int) -> dict | None:
     """The settings of a choice for a layer with so many inputs."""
     if name == "keep":
         return None
@@ -95,11 +103,28 @@ def settings(name: str, group: int, width: int) -> dict | None:
         return {"bits": 8, "activations": 8}
     bits, _, own = name[1:].partition("g")
     wanted = int(own) if own else 0 if bits == "8" else group
-    return {"bits": int(bits), "activations": None, "group": fitting(wanted, width)}
+    return {"bits": int(bits), "group": fitting(wanted, width), "symmetric": symmetric, "solver": "rtn"}
 
 
-def build(module: nn.Module, edit: dict) -> nn.Module:
-    """The quantized layer."""
-    if edit["activations"]:
-        return Int8Linear.from_linear(module)
-    return WeightOnlyLinear.from_linear(module, edit["bits"], edit["group"])
+def solved(view: View, plan: Plan, batches: list[dict], solver: str) -> Plan:
+    """The plan with better codes than by rounding to nearest, found as the methods of each kind of layer find them.
+
+    Weight-only layers come first: their solver may move factors into any layer that has no codes yet.
+    """
+    int8 = Int8(solver="auto" if solver == "hqq" else solver)
+    for method, eight in ((WeightOnly(solver=solver), False), (int8, True)):
+        own = {path: edit for path, edit in plan.edits.items() if ("activations" in edit) == eight}
+        if own:
+            done = method.calibrate(view, Plan(own, notes={"remarks": []}), batches)
+            plan = Plan(plan.edits | done.edits, plan.tensors | done.tensors, plan.notes)
+    return plan
+
+
+def build(path: str, module: nn.Module, edit: dict, tensors: dict[str, Tensor]) -> nn.Module:
+    """The quantized layer, from what a solver found for it or rounded to nearest."""
+    return (build_int8 if "activations" in edit else built)(path, module, edit, tensors)
+
+
+def rounded(module: nn.Module, edit: dict) -> nn.Module:
+    """The layer rounded to nearest."""
+    return build("", module, edit, {})
