@@ -18,9 +18,18 @@ def gptq(
 
     The grid is fixed beforehand, so that groups stay groups of neighbours when inputs are taken by size (act_order).
     """
+    return round_all(weight, *ordered_factor(hessian, act_order, damp), grid, block)
+
+
+def ordered_factor(hessian: Tensor, act_order: bool = True, damp: float = DAMP) -> tuple[Tensor, Tensor]:
+    """The order in which inputs are rounded, and the factor of the inverse for it."""
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True) if act_order else torch.arange(len(diagonal), device=diagonal.device)
-    factor = inverse_factor(hessian[order][:, order], damp)
+    return order, inverse_factor(hessian[order][:, order], damp)
+
+
+def round_all(weight: Tensor, order: Tensor, factor: Tensor, grid: Grid, block: int = 128) -> Tensor:
+    """Round the inputs in this order."""
     columns = weight.detach().float().t()[order].contiguous()  # [in, out]: one input is one row in memory
     group_of = order // (len(order) // grid.scale.shape[1])
     scale, zero = grid.scale.t().contiguous(), grid.zero.t().contiguous()

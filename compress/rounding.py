@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SHRINK = torch.linspace(1.1, 0.4, 36)  # shares of the range that a search tries
+SHRINK = torch.linspace(1.1, 0.45, 24)  # shares of the range that a search tries
 SPARSE = 0.7  # norm of the error that hqq minimizes: few weights may be far off
 
 

@@ -39,9 +39,10 @@ class Learned:
         return (inside * (self.grid.scale * self.stretch)[..., None]).flatten(1)
 
     def step(self, rate: float) -> None:
-        """Move against the signs of the gradients."""
-        for value, reach in ((self.offset, 0.5), (self.stretch, 0.1)):
-            middle = 0 if value is self.offset else 1
+        """Move against the signs of the gradients; a weight that does not matter to the block has none."""
+        if self.offset.grad is None:
+            return
+        for value, middle, reach in ((self.offset, 0, 0.5), (self.stretch, 1, 0.1)):
             moved = value.detach() - rate * reach * value.grad.sign()
             value.data.copy_(moved.clamp(middle - reach, middle + reach))
             value.grad = None
@@ -60,7 +61,7 @@ def signround(
 ) -> dict[str, tuple[Tensor, Grid]]:  # fmt: skip
     """Better codes and grids for layers of a block (name -> weight, codes, grid), or the same where none were found.
 
-    The block is to give `targets` on `calls`; the first tensor that it gives counts.
+    The block is to give `targets` on `calls`.
     """
     learned = {name: Learned(*start) for name, start in layers.items()}
     generator = torch.Generator().manual_seed(0)
@@ -80,13 +81,14 @@ def signround(
 
 
 def loss(block: nn.Module, weights: dict[str, Tensor], call: Call, target: list[Tensor]) -> Tensor:
-    """Mean squared error of the block's answer with these weights."""
+    """Squared errors of the block's answers with these weights, each relative to the size of the answer."""
     swapped = {}
     for name, weight in weights.items():
         layer = block.get_submodule(name)
         swapped[f"{name}.weight"] = (weight.t() if is_conv1d(layer) else weight).to(layer.weight.dtype)
-    got = tensors(functional_call(block, swapped, call.args, call.kwargs))[0]
-    return (got.float() - target[0].float()).square().mean()
+    answers = tensors(functional_call(block, swapped, call.args, call.kwargs))
+    pairs = [(got.float(), wanted.float()) for got, wanted in zip(answers, target, strict=True)]
+    return sum((got - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30) for got, wanted in pairs)
 
 
 @torch.no_grad()

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from compress.awq import best_boost, boosted
 from compress.emit import probe_inputs
 from compress.folds import Fold, find_folds, fold
-from compress.gptq import gptq, gram_error
+from compress.gptq import gptq, gram_error, ordered_factor, round_all
 from compress.roles import is_conv1d, width_out
-from compress.rounding import Grid, dequantize, grid, hqq, rtn, searched
+from compress.rounding import Grid, dequantize, rtn, searched
 from compress.sequential import Stage, stages
 from compress.signround import signround
 from compress.view import View
 
 SET_APART = 4  # one batch in so many, where solvers compete
-RIVALS = ("gptq", "awq", "hqq")  # each after the factors of awq
-BOOSTED = ("awq", "auto")
+BOOSTED = ("awq", "auto", "signround")  # with factors on the inputs where the layer before can take them
 
 
 @dataclass(frozen=True)
@@ -113,10 +112,15 @@ def boost(
     weight = torch.cat([rows_of(view.module(path)) for path in paths])
     dtype = view.module(paths[0]).weight.dtype
 
-    def rounded(rows: Tensor, moment: Tensor) -> Tensor:
-        return dequantize(*rounding(rows, moment, edit, dtype, "awq" if solver == "awq" else "gptq"))
+    def rounded(rows: Tensor, factor: Tensor) -> Tensor:
+        rows = rows * factor
+        made = fitted_grid(rows, moment.diagonal() / factor**2, edit, dtype)
+        # the factor of the inverse of the boosted moment, without another Cholesky decomposition
+        codes = rtn(rows, made) if solver == "awq" else round_all(rows, order, inverse * factor[order], made)
+        return dequantize(codes, made) / factor
 
     moment = stage.moments[paths[0]]
+    order, inverse = ordered_factor(moment)
     return best_boost(weight, moment, stage.held.get(paths[0], moment), rounded, share)
 
 
@@ -131,27 +135,33 @@ def round_together(
     if factor is not None:
         factor = (1 / factor).to(dtype).float()
         weight, moment = weight / factor, boosted(moment, 1 / factor)
-    best, least = "", torch.inf
-    for rival in RIVALS if solver == "auto" else (solver,):
-        codes, made = rounding(weight, moment, edit, dtype, rival)
-        error = output_error(weight, dequantize(codes, made), moment if held is None else held)
-        if error < least or not best:
-            best, least, kept = rival, error, (codes, made)
-    if held is not None:
-        kept = rounding(weight, moment + held, edit, dtype, best)
+    kept = rounding(weight, moment, edit, dtype, solver)
+    errors = {
+        name: output_error(weight, dequantize(*each), moment if held is None else held) for name, each in kept.items()
+    }
+    best = min(errors, key=errors.get)
+    codes, made = kept[best] if held is None else rounding(weight, moment + held, edit, dtype, solver)[best]
     sizes = [width_out(module) for module in modules]
-    parts = zip(paths, kept[0].split(sizes), kept[1].split(sizes), strict=True)
-    return {path: Rounded(codes, made, best, least, factor) for path, codes, made in parts}
+    parts = zip(paths, codes.split(sizes), made.split(sizes), strict=True)
+    return {path: Rounded(codes, made, best, errors[best], factor) for path, codes, made in parts}
 
 
-def rounding(weight: Tensor, moment: Tensor, edit: dict, dtype: torch.dtype, solver: str) -> tuple[Tensor, Grid]:
-    """The codes and the grid that a solver finds."""
-    settings = edit["bits"], edit["group"], edit["symmetric"], dtype
-    if solver in ("rtn", "hqq"):
-        made = (grid if solver == "rtn" else hqq)(weight, *settings)
-        return rtn(weight, made), made
-    made = searched(weight, *settings, importance=moment.diagonal(), norm=2)
-    return (rtn(weight, made) if solver == "awq" else gptq(weight, moment, made)), made
+def rounding(
+    weight: Tensor, moment: Tensor, edit: dict, dtype: torch.dtype, solver: str
+) -> dict[str, tuple[Tensor, Grid]]:
+    """The codes and the grid that a solver finds, or those of all that compete, by name."""
+    made = fitted_grid(weight, moment.diagonal(), edit, dtype)
+    found = {}
+    if solver != "awq":
+        found["gptq" if solver == "auto" else solver] = gptq(weight, moment, made), made
+    if solver in ("awq", "auto"):
+        found["awq"] = rtn(weight, made), made
+    return found
+
+
+def fitted_grid(weight: Tensor, importance: Tensor, edit: dict, dtype: torch.dtype) -> Grid:
+    """The grid with the ranges that are best for inputs of this size."""
+    return searched(weight, edit["bits"], edit["group"], edit["symmetric"], dtype, importance, norm=2)
 
 
 def refined(view: View, stage: Stage, results: dict[str, Rounded]) -> dict[str, Rounded]:

@@ -10,7 +10,8 @@ from torch import nn
 
 from compress.awq import best_boost, boosted, boosts
 from compress.errors import CompressError
-from compress.gptq import gptq, gram_error, inverse_factor
+from compress.gptq import gptq, gram_error, inverse_factor, ordered_factor
+from compress.outputs import relative_error
 from compress.rounding import dequantize, grid, hqq, rtn, searched, span
 from compress.signround import mean_loss, signround
 from compress.stacks import Call
@@ -172,15 +173,23 @@ def salient():
 def test_boosts_of_salient_inputs_beat_rounding_to_nearest():
     weight, moment = salient()
 
-    def rounded(rows, _):
-        made = grid(rows, 3, 32, False)
-        return dequantize(rtn(rows, made), made)
+    def rounded(rows, factor=1):
+        made = grid(rows * factor, 3, 32, False)
+        return dequantize(rtn(rows * factor, made), made) / factor
 
     factor = best_boost(weight, moment, moment, rounded, lambda values: values)
     assert factor[::29].min() > 2 * factor[1]
-    plain = gram_error(weight, rounded(weight, moment), moment).sum()
-    assert gram_error(weight, rounded(weight * factor, moment) / factor, moment).sum() < 0.5 * plain
+    plain = gram_error(weight, rounded(weight), moment).sum()
+    assert gram_error(weight, rounded(weight, factor), moment).sum() < 0.5 * plain
     assert best_boost(weight, torch.eye(128), torch.eye(128), rounded, lambda values: values) is None
+
+
+def test_the_factor_of_a_boosted_inverse_follows_from_that_of_the_inverse():
+    _, moment = layer()
+    factor = boosts(moment, lambda values: values)[3]
+    order, inverse = ordered_factor(moment, damp=0)
+    expected = inverse_factor(boosted(moment, factor)[order][:, order], damp=0)
+    assert relative_error(inverse * factor[order], expected) < 1e-3
 
 
 def test_boosted_moments_are_those_of_the_divided_inputs():

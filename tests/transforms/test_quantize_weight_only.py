@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -15,9 +17,11 @@ from compress.view import View
 from models import MODELS
 
 
-def applied(model, **options):
+def applied(model, batches=(), **options):
     method, view = WeightOnly(**options), View(model)
     plan = method.plan(view)
+    if batches:
+        plan = method.calibrate(view, plan, list(batches))
     method.apply(view, plan)
     return plan
 
@@ -38,21 +42,31 @@ def test_groups_that_did_not_fit_are_told():
     assert net(torch.randn(2, 64)).shape == (2, 64)
 
 
-@pytest.mark.parametrize("options", [{"bits": 3}, {"group": -16}, {"group": 24}, {"groups": 32}])
+@pytest.mark.parametrize("options", [{"bits": 5}, {"group": -16}, {"group": 24}, {"groups": 32}, {"solver": "best"}])
 def test_options_are_checked(options):
     with pytest.raises(ValidationError):
         WeightOnly(**options)
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "least", "most"), [(8, 0, 2e-3, 1e-2), (8, 32, 1e-3, 8e-3), (4, 32, 3e-2, 0.12)]
+    ("bits", "group", "least", "most"),
+    [
+        (8, 0, 2e-3, 1e-2),
+        (8, 32, 1e-3, 8e-3),
+        (6, 32, 8e-3, 3e-2),
+        (4, 32, 3e-2, 0.12),
+        (3, 32, 0.1, 0.25),
+        (2, 32, 0.2, 0.6),
+    ],
 )
-def test_error_is_that_of_the_bits(bits, group, least, most):
+@pytest.mark.parametrize("solver", ["rtn", "hqq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_error_is_that_of_the_bits(bits, group, least, most, solver, symmetric):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(128, 64)), torch.randn(200, 128)
     with torch.no_grad():
         expected = net(x)
-        applied(net, bits=bits, group=group)
+        applied(net, bits=bits, group=group, solver=solver, symmetric=symmetric)
         assert least < relative_error(net(x), expected) < most
 
 
@@ -111,3 +125,66 @@ def test_models_answer_almost_the_same_and_shrink(name, options):
         assert 1e-4 < relative_error(run(model, batch), expected) < {4: 0.25, 8: 0.02}[options["bits"]]
     assert all(isinstance(model.get_submodule(path), WeightOnlyLinear) for path in plan.edits)
     assert sum(parameter.nbytes for parameter in model.parameters()) < 0.6 * size
+
+
+@pytest.mark.parametrize("solver", ["awq", "gptq", "signround", "auto"])
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "dinov2", "dit", "sd3"])
+def test_calibrated_models_are_nearer_than_rounded_ones(name, solver):
+    model, batch = MODELS[name]()
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = run(model, batch)
+        applied(rounded, bits=4, group=16, solver="rtn")
+        plan = applied(model, [batch] * 4, bits=4, group=16, solver=solver)
+        assert relative_error(run(model, batch), expected) < relative_error(run(rounded, batch), expected)
+    assert set(plan.notes["errors"]) == set(plan.edits)
+    solvers = {edit["solver"] for edit in plan.edits.values()}
+    assert solvers <= ({"gptq", "awq"} if solver == "auto" else {solver, "gptq"})
+
+
+def test_what_calibration_wrote_into_the_weights_is_what_the_layers_hold():
+    model, batch = MODELS["llama"]()
+    method, view = WeightOnly(bits=4, group=16, solver="gptq", symmetric=False), View(model)
+    plan = method.calibrate(view, method.plan(view), [batch])
+    values = {path: view.module(path).weight.clone() for path in plan.edits}
+    method.apply(view, plan)
+    for path, weight in values.items():
+        assert relative_error(view.module(path).weight, weight) < 1e-6
+
+
+def test_awq_moves_factors_into_norms_values_and_gated_branches_and_leaves_the_others_with_the_layer():
+    (llama, batch), (bert, sentences) = MODELS["llama"](), MODELS["bert"]()
+    before = {name: value.clone() for name, value in llama.named_parameters() if "layernorm" in name}
+    plan = applied(llama, [batch], bits=3, group=0, solver="awq", only=("*layers*",))
+    assert not any("input_factor" in edit for edit in plan.edits.values())
+    assert any(relative_error(llama.get_parameter(name), value) > 0.02 for name, value in before.items())
+    plan = applied(bert, [sentences], bits=3, group=16, solver="awq")
+    kept = [path for path, edit in plan.edits.items() if "input_factor" in edit]
+    assert kept and all(bert.get_submodule(path).input_factor is not None for path in kept)
+
+
+def test_layers_that_share_a_weight_share_its_codes_after_calibration():
+    net, x = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)), torch.randn(64, 32)
+    net[2].weight = net[0].weight
+    plan = applied(net, [{"input": x}], bits=4, group=16, solver="awq")
+    assert net[0].weight_packed is net[2].weight_packed and plan.edits["0"] == plan.edits["2"]
+
+
+def test_a_layer_that_no_data_reaches_is_rounded_without():
+    class Idle(nn.Sequential):
+        def forward(self, x):
+            return self[0](x)
+
+    net = Idle(nn.Linear(32, 32), nn.Linear(32, 32))
+    plan = applied(net, [{"x": torch.randn(64, 32)}], bits=4, group=16, solver="gptq")
+    assert {path: edit["solver"] for path, edit in plan.edits.items()} == {"0": "gptq", "1": "hqq"}
+    assert isinstance(net[1], WeightOnlyLinear)
+
+
+def test_solvers_that_look_at_data_say_so():
+    assert [WeightOnly(solver=solver).needs_data for solver in ("rtn", "hqq", "auto", "awq", "gptq", "signround")] == [
+        False, False, False, True, True, True]  # fmt: skip
+    assert [WeightOnly(solver=solver).uses_data for solver in ("rtn", "hqq", "auto")] == [False, False, True]
+    with pytest.raises(CompressError, match=r"^calibration: there is no batch, there must be at least one$"):
+        model = MODELS["llama"]()[0]
+        WeightOnly(solver="gptq").calibrate(View(model), WeightOnly().plan(View(model)), [])
