@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compress.errors import CompressError
+from compress.nn.fused_attention import FusedAttention
 from compress.nn.int8_embedding import Int8Embedding
 from compress.nn.int8_linear import Int8Linear, quantize_rows
 from compress.outputs import relative_error, run
@@ -122,9 +123,26 @@ def test_models_answer_almost_the_same_and_shrink(name):
         expected = run(model, batch)
         plan = applied(model)
         assert 1e-4 < relative_error(run(model, batch), expected) < 4e-2
-    assert all(isinstance(model.get_submodule(path), Int8Linear) for path in plan.edits)
+    layers = [path for path, edit in plan.edits.items() if "attention" not in edit]
+    assert all(isinstance(model.get_submodule(path), Int8Linear) for path in layers)
     assert not [path for path, module in View(model).linears().items() if path not in plan.notes["refused"]]
     assert sum(parameter.nbytes for parameter in model.parameters()) < 0.6 * size
+
+
+@pytest.mark.parametrize(("name", "taken"), [("bert", 2), ("vit", 2), ("llama", 0), ("dit", 0)])
+def test_the_softmax_of_encoders_is_ours_and_changes_only_rounding(name, taken):
+    answers = []
+    for attention in (True, False):
+        model, batch = MODELS[name]()
+        applied(model, attention=attention)
+        found = [module for module in model.modules() if isinstance(module, FusedAttention)]
+        assert len(found) == taken * attention
+        with torch.no_grad():
+            answers.append(run(model, batch))
+    assert relative_error(*answers) < 2e-2  # a rounding can tip a code
+    model, _ = MODELS[name]()
+    spared = Int8(skip=("*attention*",)).plan(View(model)).edits.values()
+    assert spared and not any("attention" in edit for edit in spared)
 
 
 def test_embeddings_are_rows_of_int8():

@@ -23,8 +23,10 @@ from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
+from compress.attend import attend_through, refusal
 from compress.errors import one_of
 from compress.linears import check_finite, output_heads, swap, takeable, weight_owners
+from compress.nn.fused_attention import FusedAttention
 from compress.nn.int8_embedding import Int8Embedding
 from compress.nn.int8_linear import Int8Linear
 from compress.roles import is_linear
@@ -46,6 +48,7 @@ class Int8(Transform):
     activations: Literal["dynamic", "static"] = Field("dynamic", description="a range per token, or one from the data")
     embeddings: bool = Field(False, description="also store embedding tables as int8 rows")
     head: bool = Field(False, description="also take the output head, and an embedding table tied to it")
+    attention: bool = Field(True, description="leave the softmax of transformers' encoders to our kernel, in float")
 
     @property
     def uses_data(self) -> bool:
@@ -63,7 +66,10 @@ class Int8(Transform):
         tied, left = tied_heads(view, self) if self.head else ({}, {})
         refused = {path: why for path, why in (refused | left).items() if path not in tied}
         remarks = [f"{one_of(tied, 9)} hold the same int8 rows"] if tied else []
-        return Plan({path: {"bits": 8} for path in taken | tied}, notes={"refused": refused, "remarks": remarks})
+        edits = {path: {"bits": 8} for path in taken | tied}
+        if edits and self.attention:
+            edits |= {path: {"attention": True} for path in encoders(view, self)}
+        return Plan(edits, notes={"refused": refused, "remarks": remarks})
 
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
         from compress.int8_calibration import Fit
@@ -76,7 +82,11 @@ class Int8(Transform):
         return Plan(edits, fitted.tensors, plan.notes | fitted.notes | {"remarks": remarks})
 
     def apply(self, view: View, plan: Plan) -> None:
-        swap(view, plan.edits, lambda path, module, edit: build(path, module, edit, plan.tensors))
+        layers = {path: edit for path, edit in plan.edits.items() if "attention" not in edit}
+        softmaxes = [view.attention(path) for path in plan.edits if path not in layers]
+        swap(view, layers, lambda path, module, edit: build(path, module, edit, plan.tensors))
+        for attention in softmaxes:
+            attend_through(view, attention, FusedAttention())
 
 
 def build(path: str, module: nn.Module, edit: dict, tensors: dict[str, Tensor]) -> nn.Module:
@@ -92,6 +102,18 @@ def build(path: str, module: nn.Module, edit: dict, tensors: dict[str, Tensor]) 
         parts["input_zero_point"] = weight.new_zeros(())
     fitted = {name: tensors.get(f"{path}.{name}", part) for name, part in parts.items()}
     return Int8Linear(**fitted, bias=module.bias, transposed=nearest.transposed)
+
+
+def encoders(view: View, method: Int8) -> list[str]:
+    """The attentions whose softmax is ours to compute; decoders are left as every loader of their formats has them."""
+    return [
+        attention.path
+        for attention in (view.attentions() if view.library == "transformers" else ())
+        if not attention.causal
+        and method.takes(attention.path)
+        and not hasattr(view.module(attention.path), "attend")
+        and not refusal(view, attention)
+    ]
 
 
 def tied_heads(view: View, method: Int8) -> tuple[dict[str, nn.Module], dict[str, str]]:
