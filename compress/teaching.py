@@ -36,8 +36,9 @@ class Lesson:
         """Adam on all weights but tables; `anneal(share of the steps that are done)` comes before each step."""
         tables = {id(m.weight) for m in self.student.modules() if isinstance(m, nn.Embedding)}
         weights = [p for p in self.student.parameters() if p.is_floating_point() and id(p) not in tables]
-        for weight in self.student.parameters():
-            weight.requires_grad_(any(weight is other for other in weights))
+        self.student.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_()
         adam = torch.optim.Adam([{"params": [w], "lr": RATE * size_of(w)} for w in weights])
         fall = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
         generator = torch.Generator().manual_seed(0)

@@ -10,14 +10,16 @@ from compress.nn.probabilities import probabilities
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:
     """Each vector along the last dimension on its own asymmetric grid, which holds 0."""
-    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
-    scale = (high - low).clamp_min(torch.finfo(x.dtype).tiny) / (2**bits - 1)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    low, high = wide.amin(-1, keepdim=True).clamp_max(0), wide.amax(-1, keepdim=True).clamp_min(0)
+    scale = (high - low).clamp_min(torch.finfo(wide.dtype).tiny) / (2**bits - 1)
     return round_to(x, scale, (-low / scale).round(), bits)
 
 
 def round_to(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """The nearest of the values (code - zero_point) * scale with codes from 0 to 2^bits - 1."""
-    return ((x / scale).round() + zero_point).clamp(0, 2**bits - 1).sub(zero_point) * scale
+    """The nearest of the values (code - zero_point) * scale with codes from 0 to 2^bits - 1; at least in float32."""
+    scale, zero_point = (part.to(torch.promote_types(x.dtype, torch.float32)) for part in (scale, zero_point))
+    return ((x / scale).round() + zero_point).clamp(0, 2**bits - 1).sub(zero_point).mul(scale).to(x.dtype)
 
 
 def round_powers(share: Tensor, bits: int, steps: int) -> Tensor:

@@ -8,7 +8,10 @@ from torch import nn
 
 from compress.errors import CompressError
 from compress.outputs import relative_error, run
+from compress.recipe import Recipe
 from compress.rotations import hadamard, rotation
+from compress.source import adopt
+from compress.steps import run_steps
 from compress.stream import find_streams, normalizes
 from compress.transforms.quantize.rotate import Rotate
 from compress.view import View
@@ -78,7 +81,9 @@ def test_in_float64_the_rotated_model_answers_the_same(name):
 def test_in_float32_the_rotated_model_answers_the_same_to_rounding(kind):
     model, batch = MODELS["llama"]()
     before = answer(model, batch)
-    rotated(model, batch, kind=kind)
+    plan = rotated(model, batch, kind=kind)
+    assert plan.notes["streams"] == {"model.layers.0.input_layernorm": f"{kind} 32"}
+    assert plan.notes["values"]["model.layers.1.self_attn"] == f"{kind} 8"
     assert relative_error(answer(model, batch), before) < 1e-4
 
 
@@ -127,7 +132,7 @@ def test_a_tied_head_is_untied_and_its_cost_told():
     model, batch = MODELS["gpt2"]()
     plan = rotated(model, batch)
     assert plan.edits["lm_head"] == {"untie": True}
-    assert plan.notes["untied, bytes"] == {"lm_head": 99 * 32 * 4}
+    assert plan.notes["bytes of untied heads"] == {"lm_head": 99 * 32 * 4}
     assert model.lm_head.weight is not model.transformer.wte.weight
     assert model.config.tie_word_embeddings is False
 
@@ -173,6 +178,14 @@ def test_a_structure_that_cannot_be_followed_is_told():
     plan = rotated(model, batch)
     assert "cannot be followed" in plan.notes["refused"]["residual stream"]
     assert list(plan.edits) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+
+
+def test_what_was_rotated_a_later_step_may_quantize():
+    model, batch = MODELS["gpt2"]()
+    recipe = Recipe.make({"steps": [{"use": "quantize.rotate"}, {"use": "quantize.int8", "head": True}]})
+    rows = run_steps(adopt(model), recipe, [batch], batch, None)
+    assert rows[0]["ledger"]["error"] < 1e-4 < rows[1]["ledger"]["error"] < 0.1
+    assert set(rows[0]["ledger"]["modules"]) & set(rows[1]["ledger"]["modules"]) == {"lm_head"}
 
 
 def test_part_of_a_stream_is_refused():

@@ -9,7 +9,7 @@ did not fall, or the answers moved by more than `error`, weights and attention a
 notes tell the largest value and the kurtosis of every layer before and after, and the error of the answers.
 
 When it hurts: it is worth something only before activations are quantized with one scale for a whole tensor; scales per
-token hardly need it. Three copies of the weights are in memory while training. A clipped softmax needs all scores at
+token hardly need it. Five times the weights are in memory while training. A clipped softmax needs all scores at
 once: no flash attention, memory grows with the square of the tokens; prefer the gate. Trained on few texts a model
 forgets what is not in them.
 

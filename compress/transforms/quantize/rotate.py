@@ -90,7 +90,8 @@ class Rotate(Transform):
         from compress.emit import probe_inputs
         from compress.stream import find_streams
 
-        edits, notes, refused = {}, {}, dict(plan.notes["refused"])
+        edits, refused = {}, dict(plan.notes["refused"])
+        streams, values, untied = {}, {}, {}
         proof = Proof(view, probe_inputs(view.model, batches[0]))
         wanted = any("stream" in edit for edit in plan.edits.values())
         for number, stream in enumerate(find_streams(view.model) if wanted else ()):
@@ -103,17 +104,17 @@ class Rotate(Transform):
                 refused[paths[0]] = why
                 continue
             edits |= {path: plan.edits[path] for path in (*paths, *heads)}
-            notes[f"stream of {paths[0]}"] = f"{name} {stream.width}"
-            if heads:
-                notes["untied, bytes"] = {path: view.module(path).weight.nbytes for path in heads}
+            streams[paths[0]] = f"{name} {stream.width}"
+            untied |= {path: view.module(path).weight.nbytes for path in heads}
         for path, settings in plan.edits.items():
             if "values" in settings:
                 name, why = self.turn_values(view, path, proof)
                 if why:
                     refused[path] = why
                 else:
-                    edits[path], notes[f"values of {path}"] = settings, f"{name} {settings['values']}"
-        return Plan(edits, notes={"refused": refused} | notes)
+                    edits[path], values[path] = settings, f"{name} {settings['values']}"
+        notes = {"refused": refused, "streams": streams, "values": values, "bytes of untied heads": untied}
+        return Plan(edits, notes=notes)
 
     def turn_stream(self, view: View, stream, heads: list[str], proof: Proof, seed: int) -> tuple[str, str]:
         """Rotate a stream; the name of the matrix, and why it was taken back if it was."""
