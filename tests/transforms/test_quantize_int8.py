@@ -3,28 +3,71 @@
 from __future__ import annotations
 
 import copy
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
+from compress import compress, layer_inputs
 from compress.errors import CompressError
+from compress.gptq import gptq
 from compress.nn.fused_attention import FusedAttention
 from compress.nn.int8_embedding import Int8Embedding
 from compress.nn.int8_linear import Int8Linear, quantize_rows
 from compress.outputs import relative_error, run
+from compress.replay import record
+from compress.rounding import rtn
+from compress.saving import save
+from compress.smoothing import row_grid
 from compress.transforms.quantize.int8 import Int8
 from compress.view import View
-from models import MODELS
+from models import MODELS, text
+
+TIED = {"llama": {"tie_word_embeddings": True}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
 
 
-def applied(model, **options):
+def applied(model, batches=None, **options):
     method, view = Int8(**options), View(model)
     plan = method.plan(view)
+    if batches is not None:
+        plan = method.calibrate(view, plan, batches)
     method.apply(view, plan)
     return plan
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Loud(nn.Module):
+    """A norm before two layers, and one that reads the input itself; three channels are louder than all others."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.norm, self.one, self.two = nn.LayerNorm(48), nn.Linear(48, 40), nn.Linear(48, 40)
+            self.bare = nn.Linear(48, 40)
+            self.norm.weight.data[:3] = 60
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.one(y) + self.two(y) + self.bare(x * torch.tensor([1.0] * 45 + [80.0] * 3))
+
+
+LOUD = [{"x": noise(8, 30, 48, seed=seed)} for seed in (1, 2)]
+
+
+def loud_error(**options):
+    net, x = Loud().eval(), noise(4, 30, 48, seed=3)
+    with torch.no_grad():
+        expected = net(x)
+        plan = applied(net, LOUD, **options)
+        return relative_error(net(x), expected), plan, net
 
 
 class Net(nn.Module):
@@ -180,3 +223,130 @@ def test_a_model_of_both_modules_compiles_to_one_graph():
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(torch.compile(net, backend="aot_eager", fullgraph=True)(x), net(x))
+
+
+def test_smoothing_helps_where_channels_are_loud():
+    plain, _, _ = loud_error(smooth="off", solver="rtn")
+    half, _, _ = loud_error(smooth=0.5, solver="rtn")
+    folded, fold_plan, fold_net = loud_error(smooth="fold", solver="rtn")
+    best, plan, net = loud_error(solver="rtn")
+    both, _, _ = loud_error()
+    assert both < best < folded < plain and best < 0.6 * plain and best < half
+    assert plan.notes["folded into"] == fold_plan.notes["folded into"] == {"one": "norm", "two": "norm"}
+    assert net.bare.input_factor is not None and net.one.input_factor is None
+    assert fold_net.bare.input_factor is None and plan.edits["bare"] == {"bits": 8, "factor": True}
+
+
+def test_ranges_from_the_data_hold_for_all_tokens():
+    dynamic, _, _ = loud_error()
+    static, plan, net = loud_error(activations="static")
+    assert dynamic < static < 2e-2 and plan.edits["one"]["static"]
+    low, high = net.one.input_scale * -128, net.one.input_scale * 127
+    assert low < 0 < high and net.one.input_zero_point.dtype == torch.int8
+
+
+def test_gptq_with_inputs_that_say_nothing_rounds_to_nearest():
+    weight = noise(24, 40)
+    grid = row_grid(weight, torch.float32)
+    assert torch.equal(gptq(weight, torch.eye(40), grid), rtn(weight, grid))
+    codes, scale = quantize_rows(weight)
+    assert torch.equal(rtn(weight, grid), codes) and torch.equal(grid.scale, scale)
+
+
+def test_what_is_worked_on_in_many_passes_comes_out_the_same(monkeypatch):
+    _, whole, _ = loud_error()
+    monkeypatch.setattr(layer_inputs, "MEMORY", 1)
+    _, parts, _ = loud_error()
+    assert whole.edits == parts.edits and whole.tensors.keys() == parts.tensors.keys()
+    assert all(torch.equal(whole.tensors[name], parts.tensors[name]) for name in whole.tensors)
+
+
+def test_padding_does_not_count():
+    x, mask = noise(2, 6, 8), torch.ones(2, 6)
+    mask[1, 2:] = 0
+    assert torch.equal(layer_inputs.real(x, mask), torch.cat([x[0], x[1, :2]]))
+    assert len(layer_inputs.real(x.flatten(0, 1), mask)) == 12
+
+
+class Odd(nn.Module):
+    """Layers of one column, of one row, with dead inputs, dead outputs, one that never runs and two of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.dead, self.thin = nn.Linear(1, 40), nn.Linear(40, 40), nn.Linear(40, 1)
+        self.left, self.right, self.idle = nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 40)
+        self.right.weight = self.left.weight
+        with torch.no_grad():
+            self.dead.weight[:7] = 0
+            self.dead.weight[:, 30:] = 0
+
+    def forward(self, x):
+        y = self.wide(x) * torch.tensor([0.0] * 20 + [1.0] * 20)
+        return self.thin(self.left(self.dead(y)) + self.right(y))
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_odd_layers_come_through(activations):
+    torch.manual_seed(0)
+    net, batches = Odd().eval(), [{"x": noise(9, 5, 1)}]
+    with torch.no_grad():
+        expected = net(**batches[0])
+        plan = applied(net, batches, activations=activations)
+        assert relative_error(net(**batches[0]), expected) < 3e-2
+    assert net.left.weight is net.right.weight and net.left.input_factor is None
+    assert "idle" in plan.notes["remarks"][0] and net.idle.input_scale is None
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+
+
+def test_calibration_data_must_be_there_and_finite():
+    with pytest.raises(CompressError, match="calibration data is empty"):
+        applied(Loud(), [])
+    with pytest.raises(CompressError, match="not finite"):
+        applied(Loud(), [{"x": noise(2, 3, 48) * torch.nan}])
+    with pytest.raises(CompressError, match="give the recipe a calibrate section"):
+        compress(Loud(), {"steps": [{"use": "quantize.int8", "smooth": "fold"}]}, validation=LOUD)
+    assert compress(Loud(), {"steps": [{"use": "quantize.int8"}]}, validation=LOUD).model.bare.input_factor is None
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "t5", "bert"])
+def test_a_tied_head_shares_its_codes_with_the_table_and_is_saved_once(name, tmp_path):
+    build = MODELS[name] if name in ("t5", "bert") else lambda: text(name, **TIED[name])
+    model, batch = build()
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = type(model).from_pretrained(folder).eval()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert head.weight is table.weight
+    with torch.no_grad():
+        expected = run(model, batch)
+        plan = applied(model, head=True)
+        answer = run(model, batch)
+        assert relative_error(answer, expected) < 5e-2
+    assert any("hold the same int8 rows" in remark for remark in plan.notes["remarks"])
+    assert isinstance(model.get_output_embeddings(), Int8Linear)
+    assert isinstance(model.get_input_embeddings(), Int8Embedding)
+    steps = [record(type(model)(model.config), "quantize.int8", plan)]
+    save(model, tmp_path / "out", "compress-plan", steps)
+    stored = load_file(tmp_path / "out" / "compressed.safetensors")
+    assert sum(tensor.shape == (99, 32) for tensor in stored.values()) == 1
+    loaded = type(model).from_pretrained(tmp_path / "out").eval()
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert loaded.get_output_embeddings().weight_scale is loaded.get_input_embeddings().weight_scale
+    with torch.no_grad():
+        assert torch.equal(run(loaded, batch), answer)
+    loaded.tie_weights()
+    assert loaded.get_output_embeddings().weight_scale is loaded.get_input_embeddings().weight_scale
+
+
+def test_a_head_stays_unless_it_is_asked_for():
+    model, _ = MODELS["llama"]()
+    plan = Int8().plan(View(model))
+    assert "lm_head" not in plan.edits and plan.notes["refused"]["lm_head"] == "an output head"
+    assert "lm_head" in Int8(head=True).plan(View(model)).edits
+    with pytest.raises(CompressError, match="cannot quantize lm_head: an output head"):
+        Int8(only=("lm_head",)).plan(View(model))
+    tied, _ = text("llama", tie_word_embeddings=True)
+    with pytest.raises(CompressError, match="shares its weight with model.embed_tokens"):
+        Int8(only=("lm_head",)).plan(View(tied))
+    plan = Int8(head=True, skip=("model.embed_tokens",)).plan(View(tied))
+    assert plan.notes["refused"]["lm_head"] == "model.embed_tokens stays as it is"
