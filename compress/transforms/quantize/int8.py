@@ -1,19 +1,30 @@
-"""int8 weights and int8 activations (W8A8): one scale an output channel, one scale a token found at run time.
+"""int8 weights and int8 activations (W8A8): one scale an output channel, one range a token found at run time.
 
 The linear layers take a quarter of their float32 size and run on the processor's int8 units. On a CPU with VNNI and
 many tokens they are 5 to 7 times faster than torch's float32, 2 to 3 times faster than the best float32 and 1.1 to
-1.5 times faster than the best bf16 path. Needs no data. The scale per token is what keeps language models usable:
-one scale for the whole tensor, as torch's dynamic quantization has it, doubled the perplexity of SmolLM2-135M where
-this costs 2 percent. `embeddings` also stores embedding tables as int8 rows, half the size of a small encoder, at
-no cost in speed; a table that is tied to an output head stays.
+1.5 times faster than the best bf16 path. The range per token is what keeps language models usable: one for the whole
+tensor, as torch's dynamic quantization has it, doubled the perplexity of SmolLM2-135M.
+
+It works without data, and better with it. Where the recipe has a `calibrate` section, loud channels are evened out
+(`smooth`): x * v meets W / v, with the v that loses least on rows of the data. Where norms, values or gated branches in
+front can take v over without a trace it is folded into them, elsewhere the layer keeps it; `smooth: fold` does only the
+former, which formats for other readers need. Then weights are rounded by GPTQ where that loses less on rows that it has
+not seen. Relative errors of the last hidden state without and with data: MiniLM .048 and .028, DINOv2-S .028 and .015;
+of a diffusion UNet along its sampling .032 and .002. `activations: static` fixes one range a layer from the data.
+
+`embeddings` also stores embedding tables as int8 rows, half the size of a small encoder, at no cost in speed. The
+output head stays as it is unless `head` asks for it; a table that is tied to it then holds the same codes, once.
 
 When it hurts: at some ten tokens a narrow layer (384 to 1536) is slower than in bf16, because quantizing the
-activations eats the gain. Activations with single huge channels lose their small ones. Without VNNI instructions it
-only saves memory. A layer that has run keeps a second copy of its codes, packed for the machine; it is not saved.
+activations eats the gain. Fixed ranges lose more, on MiniLM twice as much. Calibration takes minutes, and on data
+unlike that of use its factors fit less well. Without VNNI instructions it only saves memory. A layer that has run keeps
+a second copy of its codes, packed for the machine; it is not saved.
 
 Papers: Dettmers, Lewis, Belkada, Zettlemoyer, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale",
 NeurIPS 2022; Yao, Aminabadi, Zhang, Wu, Li, He, "ZeroQuant: Efficient and Affordable Post-Training Quantization for
-Large-Scale Transformers", NeurIPS 2022 (scales per token).
+Large-Scale Transformers", NeurIPS 2022 (scales per token); Xiao, Lin, Seznec, Wu, Demouth, Han, "SmoothQuant: Accurate
+and Efficient Post-Training Quantization for Large Language Models", ICML 2023; Frantar, Ashkboos, Hoefler, Alistarh,
+"GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023.
 """
 
 from __future__ import annotations
