@@ -11,21 +11,25 @@ from torch import Tensor, nn
 from compress.nn.probabilities import probabilities
 
 
-def clip_softmax(share: Tensor, gamma: float, zeta: float) -> Tensor:
+def clip_softmax(share: Tensor, gamma: float | Tensor, zeta: float | Tensor) -> Tensor:
     """The shares stretched to gamma .. zeta and cut to 0 .. 1; no gradient where they were cut."""
     return ((zeta - gamma) * share + gamma).clamp(0, 1)
 
 
 class ClippedSoftmax(nn.Module):
-    """A core whose shares below about alpha / keys are exactly zero; at alpha 0 and zeta 1 it is the softmax."""
+    """A core whose shares below about alpha / keys are exactly zero; at alpha 0 and zeta 1 it is the softmax.
 
-    def __init__(self, alpha: float, zeta: float = 1.0) -> None:
+    Both are saved as a tensor, so that no format without room for it can take the model for an ordinary one.
+    """
+
+    def __init__(self, alpha: float, zeta: float, like: Tensor) -> None:
         super().__init__()
-        self.alpha, self.zeta = alpha, zeta
+        self.register_buffer("alpha_zeta", like.new_tensor([alpha, zeta]))
 
     def forward(self, module, query, key, value, mask, scale, causal, **kwargs) -> Tensor:
         share = probabilities(query, key, mask, scale, causal)
-        share = clip_softmax(share, -self.alpha / key.shape[2], self.zeta)
+        alpha, zeta = self.alpha_zeta
+        share = clip_softmax(share, -alpha / key.shape[2], zeta)
         return share @ value.repeat_interleave(query.shape[1] // value.shape[1], 1)
 
 

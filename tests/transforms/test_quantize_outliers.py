@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import CompressError
+from compress.formats import native_config
 from compress.nn.probabilities import probabilities
 from compress.nn.quiet_attention import ClippedSoftmax, GatedAttention, clip_softmax
 from compress.outputs import run
@@ -37,7 +38,7 @@ def test_with_gamma_0_and_zeta_1_the_clipped_softmax_is_the_softmax_to_the_bit(s
     share = noise(2, 3, 5, 5, seed=seed).softmax(-1)
     assert torch.equal(clip_softmax(share, 0.0, 1.0), share)
     query, key, value = (noise(2, 4, 7, 8, seed=seed + i) for i in range(3))
-    out = ClippedSoftmax(0.0)(None, query, key, value, None, None, False)
+    out = ClippedSoftmax(0.0, 1.0, value)(None, query, key, value, None, None, False)
     assert torch.equal(out, probabilities(query, key) @ value)
 
 
@@ -69,7 +70,9 @@ def test_the_clipped_softmax_against_its_formula_in_float64():
     share = (query @ key.mT / 8**0.5).exp()
     share = share / share.sum(-1, keepdim=True)
     expected = ((1.02 + 3 / 6) * share - 3 / 6).clamp(0, 1) @ value
-    assert torch.allclose(ClippedSoftmax(3.0, 1.02)(None, query, key, value, None, None, False), expected, atol=1e-12)
+    assert torch.allclose(
+        ClippedSoftmax(3.0, 1.02, value)(None, query, key, value, None, None, False), expected, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "vit", "t5", "sd3", "unet2d"])
@@ -114,7 +117,7 @@ def test_distillation_lowers_kurtosis_and_stays_only_then(by):
     assert len(plan.notes["before"]["largest by layer"]) == 2
     method.apply(View(model), plan)
     cores = [module for module in model.modules() if isinstance(module, (GatedAttention, ClippedSoftmax))]
-    assert all(core.gate_bias.any() if by == "gate" else core.alpha == 4.0 for core in cores)
+    assert all(core.gate_bias.any() if by == "gate" else core.alpha_zeta.tolist() == [4.0, 1.0] for core in cores)
 
 
 @pytest.mark.parametrize("by", ["gate", "clip"])
@@ -140,3 +143,9 @@ def test_an_attention_whose_softmax_cannot_be_reached_is_refused(name, reason):
     assert not plan.edits
     assert all(reason in why for why in plan.notes["refused"].values())
     assert plan.notes["refused"]
+
+
+def test_a_clipped_softmax_is_no_ordinary_config():
+    model, _ = MODELS["llama"]()
+    put(model, by="clip")
+    assert native_config(model) is None

@@ -71,7 +71,8 @@ class Outliers(Transform):
         def anneal(done: float) -> None:
             for core in cores:
                 if isinstance(core, ClippedSoftmax):
-                    core.alpha, core.zeta = (self.alpha * done, 1 + (self.zeta - 1) * done)
+                    wanted = [self.alpha * done, 1 + (self.zeta - 1) * done]
+                    core.alpha_zeta.copy_(core.alpha_zeta.new_tensor(wanted))
 
         lesson.teach(self.steps, anneal)
         after = lesson.examine(student)
@@ -84,14 +85,14 @@ class Outliers(Transform):
         old = dict(view.model.named_parameters())
         for name, parameter in old.items():
             parameter.data.copy_(trained[name])
-        gates = {name: tensor.data for name, tensor in trained.items() if name not in old}
-        return Plan(plan.edits, gates, notes)
+        added = {name: tensor.data for name, tensor in trained.items() if name not in old}
+        return Plan(plan.edits, added, notes)
 
     def apply(self, view: View, plan: Plan) -> None:
         known = {attention.path: attention for attention in view.attentions()}
         like = next(parameter for parameter in view.model.parameters() if parameter.is_floating_point())
         for path, edit in plan.edits.items():
-            core = GatedAttention(**edit, like=like) if "heads" in edit else ClippedSoftmax(**edit)
+            core = (GatedAttention if "heads" in edit else ClippedSoftmax)(**edit, like=like)
             attend_through(view, known[path], core)
             for name, parameter in core.named_parameters(recurse=False):
                 if (key := f"{path}.attend.{name}") in plan.tensors:
