@@ -6,16 +6,21 @@ which layers are quantized how, and to give the tensors their names on disk.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 
 from torch import Tensor, nn
 
+from compress.attend import Softmax
 from compress.errors import CompressError
+from compress.nn.fp8_linear import Fp8Linear
+from compress.nn.fused_attention import FusedAttention
 from compress.nn.int8_embedding import Int8Embedding
 from compress.nn.int8_linear import Int8Linear
 from compress.nn.weight_only_linear import WeightOnlyLinear
 
 VERSION = "0.15.0"  # of the format, the first that transformers 5 accepts
+KNOWN = (Int8Linear, WeightOnlyLinear, Fp8Linear, FusedAttention, Softmax)  # other readers have a softmax of their own
 
 
 def write(model: nn.Module) -> tuple[dict[str, Tensor], dict]:
@@ -23,10 +28,10 @@ def write(model: nn.Module) -> tuple[dict[str, Tensor], dict]:
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    kinds = quantized(model)
+    schemes = quantized(model)
     names = remove_tied_weights_from_state_dict(model.state_dict(), model)
     tensors = {name: alone(tensor) for name, tensor in revert_weight_conversion(model, names).items()}
-    groups = [scheme(*kind) | {"targets": paths} for kind, paths in kinds.items()]
+    groups = [json.loads(scheme) | {"targets": paths} for scheme, paths in schemes.items()]
     if len(groups) == 1:
         groups[0]["targets"] = ["Linear"]
     formats = {group["format"] for group in groups}
@@ -49,48 +54,91 @@ def alone(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.contiguous().clone()
 
 
-def packable(model: nn.Module) -> bool:
-    """Can the format hold this model?"""
+def obstacle(model: nn.Module) -> str:
+    """Why the format cannot hold this model, or nothing."""
     try:
-        return bool(quantized(model))
-    except CompressError:
-        return False
+        quantized(model)
+    except CompressError as error:
+        return str(error)
+    return ""
 
 
-def quantized(model: nn.Module) -> dict[tuple, list[str]]:
-    """(bits, group, are activations quantized) -> layers; CompressError for what the format cannot hold."""
-    kinds = defaultdict(list)
+def caveat(model: nn.Module) -> str:
+    """What transformers without compress cannot do with the checkpoint, or nothing: it packs no zero points itself."""
+    if not any(getattr(module, "weight_zero_point", None) is not None for module in model.modules()):
+        return ""
+    if len(quantized(model)) == 1:
+        return "; for its zero points transformers alone needs CompressedTensorsConfig(dequantize=True)"
+    return "; transformers alone cannot load zero points in layers of several kinds"
+
+
+def quantized(model: nn.Module) -> dict[str, list[str]]:
+    """The layers of each scheme (as JSON); CompressError for what the format cannot hold."""
+    schemes = defaultdict(list)
     for path, module in model.named_modules():
-        if isinstance(module, Int8Embedding) or getattr(module, "transposed", False):
-            raise CompressError(f"{path}: compressed-tensors holds only linear layers that are torch's own")
-        if isinstance(module, Int8Linear):
-            kinds[8, 0, True].append(path)
-        elif isinstance(module, WeightOnlyLinear):
-            groups = module.weight_scale.shape[1]
-            kinds[module.bits, module.in_features // groups if groups > 1 else 0, False].append(path)
-    if not kinds:
+        if reason := misfit(module):
+            raise CompressError(f"compressed-tensors cannot hold {path}: {reason}")
+        if (found := scheme(module)) is not None:
+            schemes[json.dumps(found)].append(path)
+    if not schemes:
         raise CompressError("compressed-tensors: the model has no quantized layer, it must have at least one")
-    return kinds
+    return schemes
 
 
-def scheme(bits: int, group: int, activations: bool) -> dict:
+def misfit(module: nn.Module) -> str:
+    """Why the format cannot hold this module, or nothing."""
+    if isinstance(module, Int8Embedding):
+        return "an embedding table, also one that is tied to the output head, must stay as it is there"
+    if getattr(module, "transposed", False):
+        return "it was no torch linear layer"
+    if getattr(module, "input_factor", None) is not None:
+        return "its inputs are multiplied by a factor of its own (smooth: fold makes none)"
+    own = type(module).__module__.startswith("compress.") and not isinstance(module, KNOWN)
+    if own or module._forward_pre_hooks or module._forward_hooks:
+        return "code of ours is part of it, which no other reader runs"
+    return ""
+
+
+def scheme(module: nn.Module) -> dict | None:
+    """The config group of a layer of ours, without its targets; None for any other."""
+    if isinstance(module, WeightOnlyLinear):
+        groups = module.weight_scale.shape[1]
+        size = module.in_features // groups if groups > 1 else None
+        symmetric = module.weight_zero_point is None
+        weights = arguments(module.bits, "int", "group" if size else "channel", symmetric=symmetric, group_size=size)
+        return group("pack-quantized", weights, None)
+    if isinstance(module, Int8Linear):
+        return group("int-quantized", arguments(8, "int", "channel"), ranges(module))
+    if isinstance(module, Fp8Linear):
+        weights, inputs = fp8(module)
+        return group("float-quantized", weights, inputs if module.activations else None)
+    return None
+
+
+def ranges(module: Int8Linear) -> dict:
+    """How the activations of this layer are quantized."""
+    if module.input_scale is None:
+        return arguments(8, "int", "token", symmetric=False, dynamic=True)
+    return arguments(8, "int", "tensor", symmetric=module.input_zero_point is None)
+
+
+def fp8(module: Fp8Linear) -> tuple[dict, dict]:
+    """How weights and activations of this layer share their scales."""
+    if module.block:
+        weights = arguments(8, "float", "block", block_structure=[module.block, module.block])
+        return weights, arguments(8, "float", "group", dynamic=True, group_size=module.block)
+    strategy = "channel" if module.weight_scale.dim() == 2 else "tensor"
+    return arguments(8, "float", strategy), arguments(8, "float", "token", dynamic=True)
+
+
+def group(format: str, weights: dict, inputs: dict | None) -> dict:
     """A config group without its targets."""
-    weights = arguments(bits, "group" if group else "channel", group=group or None)
-    return {
-        "format": "int-quantized" if activations else "pack-quantized",
-        "weights": weights,
-        "input_activations": arguments(8, "token", dynamic=True) if activations else None,
-        "output_activations": None,
-    }
+    return {"format": format, "weights": weights, "input_activations": inputs, "output_activations": None}
 
 
-def arguments(bits: int, strategy: str, group: int | None = None, dynamic: bool = False) -> dict:
+def arguments(
+    bits: int, type: str, strategy: str, *, symmetric: bool = True, dynamic: bool = False, **sizes: int | list | None
+) -> dict:
     """How one kind of tensor is quantized."""
-    return {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": strategy,
-        "group_size": group,
-        "dynamic": dynamic,
-    }
+    kind = {"num_bits": bits, "type": type, "strategy": strategy, "symmetric": symmetric, "dynamic": dynamic}
+    return kind | {"group_size": None} | sizes

@@ -11,8 +11,9 @@ import copy
 import torch
 from torch import nn
 
-from compress.compressed_tensors import packable
+from compress.compressed_tensors import caveat, obstacle
 from compress.errors import CompressError
+from compress.nn.fp8_linear import Fp8Linear
 from compress.nn.int8_embedding import Int8Embedding
 from compress.nn.int8_linear import Int8Linear
 from compress.nn.weight_only_linear import WeightOnlyLinear
@@ -25,15 +26,20 @@ def choose_format(model: nn.Module, library: str, steps: list[dict], wanted: str
     odd = "layers are quantized" if families == {"quantize"} else "the structure is not an ordinary config"
     fits = {"compress-plan": f"{odd}, which no other format of this model can hold"}
     ordinary = library == "transformers" and families <= {"heads", "quantize"} and native_config(model) is not None
+    reason = obstacle(model) if ordinary and "quantize" in families else ""
     if ordinary and families == {"heads"}:
         fits["native"] = "the result is an ordinary config of this model"
-    if ordinary and "quantize" in families and packable(model):
-        fits["compressed-tensors"] = "beyond an ordinary config only weights were quantized, which vLLM reads too"
+    if reason:
+        fits["compress-plan"] = reason
+    elif ordinary and "quantize" in families:
+        known = "beyond an ordinary config only layers were quantized, which vLLM reads too"
+        fits["compressed-tensors"] = known + caveat(model)
         if not _is_decoder(model):
             fits["compress-plan"] = "only compress has fast kernels for this kind of model"
     if wanted != "auto":
         if wanted not in fits:
-            raise CompressError(f"--format is {wanted}, this result fits only {', '.join(fits)}")
+            why = f" ({reason})" if reason else ""
+            raise CompressError(f"--format is {wanted}, this result fits only {', '.join(fits)}{why}")
         return wanted, "you asked for it"
     prefer = ["native", "compressed-tensors", "compress-plan"] if _is_decoder(model) else ["native", "compress-plan"]
     chosen = next(name for name in prefer if name in fits)
@@ -61,7 +67,7 @@ def _dense_shapes(model: nn.Module) -> dict[str, tuple]:
     """The shapes of all tensors as they would be without quantization."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for path, module in model.named_modules():
-        if isinstance(module, (Int8Linear, WeightOnlyLinear, Int8Embedding)):
+        if isinstance(module, (Int8Linear, WeightOnlyLinear, Fp8Linear, Int8Embedding)):
             for name in module.state_dict():
                 if name != "bias":
                     del shapes[f"{path}.{name}"]
