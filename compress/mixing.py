@@ -166,8 +166,10 @@ def candidates(problem: Problem) -> dict[str, list[int]]:
     """The allocation at the budget, the best uniform one, and the allocation at the size of that."""
     found = {"mixed": problem.solve(problem.budget)}
     if (uniform := problem.uniform()) is not None:
-        found[f"uniform {problem.names[uniform[0]]}"] = uniform
-        found[f"mixed at the size of uniform {problem.names[uniform[0]]}"] = problem.solve(problem.weight(uniform))
+        name = f"uniform {problem.names[uniform[0]]}"
+        found[name] = uniform
+        if (equal := problem.solve(problem.weight(uniform))) not in found.values():
+            found[f"mixed at the size of {name}"] = equal
     return found
 
 

@@ -56,13 +56,15 @@ def curve(title: str, line: list[tuple[float, float]], marks: dict[str, tuple[fl
         level = math.log(min(max(point[1], math.exp(low)), math.exp(high)))
         return f"{x:.1f},{DOT + (high - level) / ((high - low) or 1) * (HEIGHT - 2 * DOT):.1f}"
 
-    drawn = [f'<polyline class="line" points="{" ".join(map(place, line))}"/>']
-    for name, point in marks.items():
-        x, y = place(point).split(",")
+    drawn, free = [f'<polyline class="line" points="{" ".join(map(place, line))}"/>'], 0.0
+    for name, point in sorted(marks.items(), key=lambda mark: -mark[1][1]):
+        x, y = map(float, place(point).split(","))
+        free = max(free, y) + ROW  # texts of neighbours stand below each other
+        side, at = ("label", x - 2 * DOT) if x > (LABEL + BAR) / 2 else ("", x + 2 * DOT)
         told = f"{name}: {human(point[0], unit)}, {human(point[1])}"
         drawn.append(f'<circle class="grew" cx="{x}" cy="{y}" r="{DOT}"/>')
-        drawn.append(f'<text x="{float(x) + 8:g}" y="{float(y) + 4:g}">{escape(told)}</text>')
-    return _figure(title, "".join(drawn), LABEL + BAR + 2 * VALUE, HEIGHT)
+        drawn.append(f'<text class="{side}" x="{at:g}" y="{free - ROW + DOT:g}">{escape(told)}</text>')
+    return _figure(title, "".join(drawn), LABEL + BAR, HEIGHT + ROW * len(marks))
 
 
 def _figure(title: str, drawn: str, width: int, height: int) -> str:
