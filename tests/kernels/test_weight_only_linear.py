@@ -10,8 +10,8 @@ from torch import nn
 
 from compress.nn.weight_only_linear import WeightOnlyLinear, quantize_groups
 from compress.outputs import relative_error
-from compress_kernels.weight_only_linear import weight_only_linear
-from compress_kernels.weight_only_linear.cpu import FEW, fast_bits, few, linear, plain
+from compress_kernels.weight_only_linear import library, weight_only_linear
+from compress_kernels.weight_only_linear.cpu import fast_bits, in_bf16, linear, plain
 from compress_kernels.weight_only_linear.reference import (
     dequantize,
     pack,
@@ -27,11 +27,16 @@ SHAPES = [
     (1, 64, 16, 32),
     (3, 64, 48, 64),
     (17, 96, 32, 0),
-    (63, 66, 5, 33),
+    (2, 66, 5, 33),
     (1, 3, 7, 0),
     (5, 1, 4, 0),
-    (200, 64, 16, 32),
+    (97, 64, 16, 32),
     (2, 40, 16, 0),
+    (1, 1100, 19, 0),
+    (2, 1088, 33, 64),
+    (7, 272, 21, 16),
+    (1, 240, 9, 48),
+    (4, 1280, 3, 128),
 ]
 # bf16 products for few rows; what x itself can hold for many and for float64
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-3, torch.float16: 5e-3, torch.bfloat16: 8e-3}
@@ -151,36 +156,100 @@ def test_zero_channels_and_constant_groups(symmetric):
     torch.testing.assert_close((made[2], made[3, 32:]), (weight[2], weight[3, 32:]), rtol=0.01, atol=0)
 
 
+@pytest.fixture
+def poisoned():
+    """Memory that is allocated and never written reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("bits", "asymmetric"), [(bits, asymmetric) for bits in BITS for asymmetric in (False, True)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_agrees_with_the_reference(shape, bits, asymmetric, dtype):
+def test_agrees_with_the_reference(shape, bits, asymmetric, dtype, poisoned):
     count, depth, width, group = shape
     for factor in (False, True):
         x, weight = rows(count, depth).to(dtype), layer(bits, depth, width, group, 0, asymmetric, factor)
         weight[3] = weight[3].to(dtype) if factor else None
-        got = weight_only_linear(x, *weight)
-        assert got.dtype == dtype and got.shape == (count, width)
-        assert relative_error(got, reference(x, *weight)) < TOLERANCE[dtype]
+        expected = reference(x, *weight)
+        for product, slack in ((weight_only_linear, 1), (linear, 2)):
+            got = product(x, *weight)
+            assert got.dtype == dtype and got.shape == (count, width)
+            assert relative_error(got, expected) < slack * TOLERANCE[dtype]
+
+
+def native():
+    return library() or pytest.skip("no C compiler, or a processor without AVX-512")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_c_kernel_dequantizes_exactly(shape, dtype, poisoned):
+    _, depth, width, group = shape
+    for bits, asymmetric in [(bits, asymmetric) for bits in BITS for asymmetric in (False, True)]:
+        words, scale, zeros, *_ = layer(bits, depth, width, group, 0, asymmetric)
+        got = in_bf16(native(), words, scale.to(dtype), zeros, bits, depth)
+        expected = dequantize(words, scale, zeros, bits, depth, torch.float32).bfloat16()
+        assert got is None if group == 33 else torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_few_rows_keep_more_than_bf16_does(bits):
+    native()
+    for (count, depth, width, group), asymmetric in [(shape, bits % 2) for shape in SHAPES if shape[3] != 33]:
+        x, weight = rows(count, depth)[:8], layer(bits, depth, width, group, 0, asymmetric, True)
+        assert relative_error(weight_only_linear(x, *weight), reference(x, *weight)) < 2e-4
+
+
+@pytest.mark.parametrize("group", [0, 64, 16])
+def test_bits_depend_neither_on_threads_nor_on_the_other_rows(group):
+    native()
+    x, weight = rows(8, 1024), layer(4, 1024, 2048, group)
+    expected = weight_only_linear(x, *weight)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    again = weight_only_linear(x, *weight)
+    torch.set_num_threads(threads)
+    assert torch.equal(again, expected)
+    for row in range(8):
+        assert torch.equal(weight_only_linear(x[row], *weight), expected[row])
+    assert torch.equal(weight_only_linear(x[2:5], *weight), expected[2:5])
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_row(count, value):
+    x, weight = rows(count, 96), layer(4, 96, 20, 32)
+    clean = weight_only_linear(x, *weight)
+    x[0, 77] = value
+    got = weight_only_linear(x, *weight)
+    assert not got[0].isfinite().any() and torch.equal(got[1:], clean[1:])
+
+
+@pytest.mark.parametrize("size", [0, 1e-38, 1e-20, 1e20, 1e36])
+def test_small_and_large_rows(size):
+    x, weight = rows(3, 96), layer(8, 96, 20, 0)
+    x[1] *= size
+    got, expected = weight_only_linear(x, *weight)[1], reference(x, *weight)[1]
+    torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_many_rows_keep_the_precision_of_the_input(bits):
-    x, weight = rows(FEW[bits] + 1, 64), layer(bits, 64, 16, 0 if bits == 8 else 32)
-    assert relative_error(weight_only_linear(x, *weight), reference(x, *weight)) < 1e-6
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_few_rows_take_the_packed_product_only_where_it_fits(bits, monkeypatch):
-    import compress_kernels.weight_only_linear.cpu as cpu
-
+def test_torch_products_get_only_what_fits_them_and_only_bf16(bits, monkeypatch):
     if bits not in fast_bits():
         pytest.skip("not on this machine")
     seen = []
-    monkeypatch.setattr(cpu, "few", lambda x, *rest: seen.append(tuple(x.shape)) or few(x, *rest))
+    name = "_weight_int8pack_mm" if bits == 8 else "_weight_int4pack_mm_for_cpu"
+    product = getattr(torch.ops.aten, name)
+    monkeypatch.setattr(torch.ops.aten, name, lambda x, *rest: seen.append((*x.shape, x.dtype)) or product(x, *rest))
     for count, depth, width, group in SHAPES:
         linear(rows(count, depth), *layer(bits, depth, width, group))
-    assert seen == {4: [(1, 64), (3, 64), (17, 96)], 8: [(3, 64), (17, 96)]}[bits]
+    fitting = {
+        4: [(1, 64), (3, 64), (17, 96)],
+        8: [(3, 64), (17, 96)],
+    }
+    assert seen == [(*shape, torch.bfloat16) for shape in fitting[bits]]
 
 
 def test_any_leading_dimensions_and_strides():
@@ -196,14 +265,20 @@ def test_no_rows():
     assert weight_only_linear(torch.empty(2, 0, 64), *layer(4, 64, 16, 32)).shape == (2, 0, 16)
 
 
-def test_packed_weights_follow_the_weight():
+def test_another_width_is_refused():
+    with pytest.raises(AssertionError, match="40 inputs of 4 bits are 5 words, not 8"):
+        weight_only_linear(rows(2, 40), *layer(4, 64, 16, 32))
+
+
+@pytest.mark.parametrize("product", [weight_only_linear, linear])
+def test_the_weight_may_change(product):
     weight = layer(4, 64, 16, 32)
     weight[0] = nn.Parameter(weight[0], requires_grad=False)
     for seed in (0, 1):
         with torch.no_grad():
             weight[0].copy_(layer(4, 64, 16, 32, seed)[0])
         x = rows(2, 64)
-        assert relative_error(weight_only_linear(x, *weight), reference(x, *weight)) < 5e-3
+        assert relative_error(product(x, *weight), reference(x, *weight)) < 5e-3
 
 
 @pytest.mark.parametrize("factor", [False, True])
@@ -216,18 +291,29 @@ def test_gradients(factor):
     torch.testing.assert_close(grads, expected)
 
 
-def test_stays_one_operator_under_compile():
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("count", [1, 30])
+def test_stays_one_operator_under_compile(count, grad):
     seen = []
 
     def backend(graph, _):
         seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph
 
+    made, x = WeightOnlyLinear.from_linear(nn.Linear(64, 16), 4, 32), rows(count, 64)
+    torch.compiler.reset()
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(torch.compile(made, backend=backend, fullgraph=True)(x), made(x))
+    assert seen == ["compress.weight_only_linear" + ("_autograd.default" if grad else ".default")]
+
+
+def test_lowers_through_the_whole_compiler():
     made = WeightOnlyLinear.from_linear(nn.Linear(64, 16), 4, 32)
     with torch.no_grad():
-        got = torch.compile(made, backend=backend, fullgraph=True)(rows(3, 64))
-        assert torch.equal(got, made(rows(3, 64)))
-    assert seen == ["compress.weight_only_linear.default"]
+        for count in (1, 3, 30):
+            x = rows(count, 64)
+            compiled = torch.compile(made, backend="aot_eager", fullgraph=True, dynamic=True)
+            assert torch.equal(compiled(x), made(x))
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -1,12 +1,12 @@
-"""weight_only_linear on a CPU: torch's bf16 products with packed weights for few rows, dequantized weights for many.
+"""weight_only_linear on a CPU for many rows, and for all where there is no C kernel: torch's packed products for few.
 
-The packed operators are 2 to 7 times faster than a dense layer on one row, where reading the weight is the work, and
-lose their advantage with every further row. They take bf16 activations only (float32 ones run on loops a hundred times
-slower) and read beyond the weight where its sizes are not multiples of 16, so such layers never reach them.
+Torch's operators take bf16 activations only (float32 ones run on loops a hundred times slower) and read beyond the
+weight where its sizes are not multiples of 16, so such layers never reach them.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import torch
@@ -17,20 +17,47 @@ from compress_kernels.packing import packed
 from compress_kernels.timing import trusted
 from compress_kernels.weight_only_linear.reference import dequantize, pack, reference, unpack, unpack_zeros
 
-FEW = {4: 96, 8: 48}  # rows up to which the packed product beats dequantizing (bf16, 576x1536 and 768x3072)
+FEW = {4: 96, 8: 48}  # rows up to which torch's packed product beats its dequantizing (576x1536 and 768x3072)
 GROUPS = (256, 128, 64, 32)  # of the 4-bit product; a larger one that they divide is read as several
+FLOATS = (torch.float32, torch.bfloat16)
 
 
 def linear(
-    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bias: Tensor | None, factor: Tensor | None, bits: int
-) -> Tensor:
-    """bf16 arithmetic for few rows, the arithmetic of x for many and for float64."""
-    rows = x.numel() // x.shape[-1]
-    fits = 0 < rows <= FEW.get(bits, 0) and x.dtype != torch.float64 and _fits(x.shape[-1], scale, zeros, bits)
+    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bias: Tensor | None, factor: Tensor | None,
+    bits: int, library: ctypes.CDLL | None = None,
+) -> Tensor:  # fmt: skip
+    """Like bf16 for float32 and bf16, exact in float64; `library` holds the C kernels."""
+    weight, rows = (words, scale, zeros), x.numel() // x.shape[-1]
+    if library and x.dtype in FLOATS and scale.dtype in FLOATS:
+        dense = in_bf16(library, *weight, bits, x.shape[-1])
+        if dense is not None:
+            return _product(x, dense, bias, factor)
+    fits = 0 < rows <= FEW.get(bits, 0) and x.dtype != torch.float64 and _fits(x.shape[-1], *weight[1:], bits)
     if not fits or bits not in fast_bits():
-        return plain(x, words, scale, zeros, bias, factor, bits)
+        return plain(x, *weight, bias, factor, bits)
     flat = (x if factor is None else x * factor).reshape(-1, x.shape[-1])
-    out = few(flat, words, scale, zeros, bits).to(x.dtype).view(*x.shape[:-1], len(words))
+    out = few(flat, *weight, bits).to(x.dtype).view(*x.shape[:-1], len(words))
+    return out if bias is None else out.add_(bias)
+
+
+def in_bf16(
+    library: ctypes.CDLL, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, columns: int
+) -> Tensor | None:
+    """The weight [out, in] written by the C kernel; None where it does not know the kind."""
+    (width, groups), half = scale.shape, scale.dtype == torch.bfloat16
+    out = scale.new_empty(width, columns, dtype=torch.bfloat16)
+    places = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in (words, scale, zeros, out)]
+    sizes = [ctypes.c_int64(size) for size in (columns, width, groups)]
+    known = library.weight_only_dequantize(*places[:2], ctypes.c_int64(half), *places[2:], *sizes, bits)
+    return out if known else None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor | None) -> Tensor:
+    """x in bf16 times a bf16 weight."""
+    half = (x if factor is None else x.float() * factor.float()).to(torch.bfloat16)
+    if x.dtype == torch.bfloat16:
+        return F.linear(half, weight, bias)
+    out = F.linear(half, weight).to(x.dtype)
     return out if bias is None else out.add_(bias)
 
 
@@ -39,7 +66,7 @@ def plain(
 ) -> Tensor:
     """A dense layer with the weight dequantized in the dtype of x."""
     weight = dequantize(words, scale, zeros, bits, x.shape[-1], x.dtype)
-    return F.linear(x if factor is None else x * factor.to(x.dtype), weight, bias)
+    return F.linear(x if factor is None else x * factor.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
 
 
 def few(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
