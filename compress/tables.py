@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.measure import human
-from compress.transform import card, find, names
+from compress.transform import Transform, card, find, names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,9 +76,14 @@ def print_methods(console: Console) -> None:
     """All methods with the first line of their cards."""
     table = Table("method", "what it does", "data")
     for name in names():
-        data = find(name)(**find(name).example).needs_data
-        table.add_row(name, card(name).splitlines()[0], "yes" if data else "no")
+        method = find(name)(**find(name).example)
+        table.add_row(name, card(name).splitlines()[0], looks_at_data(method))
     console.print(table)
+
+
+def looks_at_data(method: Transform) -> str:
+    """Whether a method with these options wants calibration data."""
+    return "yes" if method.needs_data else "where given" if method.uses_data else "no"
 
 
 def print_card(name: str, console: Console) -> None:
