@@ -110,6 +110,8 @@ def allocated(
 
     found = costs(method.sensitivity, view, layers, names, quantized, seen, spread(seen, method.probe))
     table = {path: own | {KEEP: 0.0} for path, own in found.table.items()}
+    silent = {path: "no calibration data reached it" for path in layers if path not in table}
+    layers = {path: layers[path] for path in table}
     weights, budget = weighed(method, layers, settings, found.rows, make)
     problem = Problem.of(units(layers), list(method.choices), table, weights, budget)
     check(method, problem)
@@ -117,29 +119,32 @@ def allocated(
     measured = trial(view, {name: {p: quantized(p, c) for p, c in problem.by_path(chosen).items() if c != KEEP}
                             for name, chosen in tried.items()}, held)  # fmt: skip
     best = min(tried, key=lambda name: measured[name])
-    sizes = stored(layers, settings, make)
     chosen = problem.by_path(tried[best])
-    told = {
+    told = outcome(layers, problem, stored(layers, settings, make), chosen) | {
         "by": method.sensitivity,
         "unit": UNITS[given(method)],
         "budget": budget,
-        "choices": chosen,
-        "bits": {path: 8 * sizes[path][name] / layers[path].weight.numel() for path, name in chosen.items()},
-        "average": 8 * sum(sizes[path][name] for path, name in chosen.items()) / weights_in(layers),
-        "curve": frontier(problem.costs, problem.weights),
         "points": {
             name: {"weight": problem.weight(way), "predicted": problem.cost(way), "measured": measured[name]}
             for name, way in tried.items()
         },
-        "taken": best,
         "data": "held-out data" if held[0] is not seen[0] else "the calibration data itself",
+        "taken": best,
     }
     coarsest = max(names, key=lambda name: sum(own[name] for own in table.values()))
     scores = {path: own[coarsest] for path, own in table.items()}
-    return edits(settings, chosen), {
-        "allocation": told,
-        "remarks": [remark(told)],
-        f"{method.sensitivity} at {coarsest}": scores,
+    notes = {"allocation": told, "remarks": [remark(told)], f"{method.sensitivity} at {coarsest}": scores}
+    return edits(settings, chosen), notes | {"refused": silent}
+
+
+def outcome(layers: dict[str, nn.Module], problem: Problem, sizes: Table, chosen: dict[str, str]) -> dict:
+    """What every layer got, in words and in stored bits, and what other budgets would have given."""
+    held = {path: sum(8 * sizes[p][chosen[p]] for p in unit) for unit in problem.units for path in unit}
+    return {
+        "choices": chosen,
+        "bits": {path: bits / layers[path].weight.numel() for path, bits in held.items()},
+        "average": 8 * sum(sizes[path][name] for path, name in chosen.items()) / weights_in(layers),
+        "curve": frontier(problem.costs, problem.weights),
     }
 
 

@@ -75,6 +75,7 @@ def is_logits(output) -> bool:
 @contextmanager
 def instead(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
     """Let modules answer by other functions, wherever in the model they are used."""
+    before = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
     try:
         for module, forward in forwards.items():
             module.forward = forward
@@ -82,6 +83,7 @@ def instead(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
     finally:
         for module in forwards:
             vars(module).pop("forward", None)
+            vars(module).update({"forward": before[module]} if module in before else {})
 
 
 @contextmanager
@@ -114,7 +116,7 @@ def listen(
         for batch in batches:
             with torch.set_grad_enabled(gradients):
                 output = model(**inputs(batch))
-                if gradients:
+                if answer(output).requires_grad:
                     objective(output, generator).backward()
             main = answer(output).detach()
             unit += 2 * main[..., 0].numel() if is_logits(output) else main.float().square().sum().item()

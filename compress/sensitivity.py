@@ -24,7 +24,7 @@ Build = Callable[[str, str], nn.Module]  # the quantized layer for a path and th
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost by layer and choice, and the rows that go through each layer in one forward."""
+    """Cost by layer and choice, and the rows that go through each layer in one forward; of the layers that ran."""
 
     table: Table
     rows: dict[str, int]
@@ -37,10 +37,10 @@ def costs(
 ) -> Costs:  # fmt: skip
     """The costs by `output_kl`, `fisher`, `hessian` or `lrp`; `probes` are the batches on which output_kl measures."""
     heard, unit = listen(view.model, layers, batches, gradients=kind in ("fisher", "hessian"))
-    silent = [path for path, note in heard.items() if not note.rows]
-    if silent:
-        raise CompressError(f"quantize.mixed: no calibration data reached {silent[0]}; leave it out with except")
+    heard = {path: note for path, note in heard.items() if note.rows}
     errors = {path: own_errors(layers[path], note, choices, partial(build, path), kind) for path, note in heard.items()}
+    if not heard:
+        raise CompressError("quantize.mixed: no calibration data reached any of the layers, it must reach some")
     if kind == "output_kl":
         factors = measured(view, errors, build, probes)
     elif kind == "lrp":

@@ -189,7 +189,7 @@ def test_the_choice_to_measure_is_the_second_coarsest_with_an_error():
     assert pivot({"w8": 0.0, "w4": 0.0}) in ("w8", "w4")
 
 
-def test_a_layer_that_no_data_reached_is_named():
+def test_only_layers_that_data_reached_have_a_cost():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -199,5 +199,19 @@ def test_a_layer_that_no_data_reached_is_named():
             return self.used(x)
 
     view = View(Net())
-    with pytest.raises(CompressError, match="no calibration data reached other"):
-        costs("fisher", view, view.linears(), ["4"], None, [{"x": randn(4, 32)}], [])
+    layers, batches = view.linears(), [{"x": randn(4, 32)}]
+
+    def build(path, choice):
+        return WeightOnlyLinear.from_linear(layers[path], int(choice), 16)
+
+    assert set(costs("fisher", view, layers, ["4"], build, batches, batches).table) == {"used"}
+    with pytest.raises(CompressError, match="no calibration data reached"):
+        costs("fisher", view, {"other": layers["other"]}, ["4"], build, batches, batches)
+
+
+def test_functions_that_stood_in_before_are_put_back():
+    layer = nn.Linear(2, 2)
+    layer.forward = first = lambda x: x
+    with instead({layer: lambda x: 2 * x}):
+        assert layer(torch.ones(1)).item() == 2
+    assert layer.forward is first

@@ -139,6 +139,7 @@ def test_layers_that_share_a_weight_choose_together_and_are_paid_once():
     assert plan.edits["left"] == plan.edits["right"]
     assert net.left.weight_packed is net.right.weight_packed
     assert plan.notes["allocation"]["average"] <= 5.0
+    assert plan.notes["allocation"]["bits"]["left"] == plan.notes["allocation"]["bits"]["right"] >= 3
     assert plan.notes["allocation"]["average"] == pytest.approx(
         8 * (held(net)[0] - held(nn.ModuleList([net.left]))[0]) / 2048
     )
@@ -202,6 +203,19 @@ def test_codes_are_found_by_the_methods_of_both_kinds(solver):
     assert {edit.get("activations") for edit in plan.edits.values()} == {8, None}
     assert {edit["solver"] for edit in plan.edits.values() if "solver" in edit} <= {solver, "gptq", "awq", "hqq"}
     assert errors[solver] < errors["rtn"]
+
+
+def test_layers_that_no_data_reached_stay_and_are_told():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.other = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.used(x)
+
+    plan = applied(Net(), [{"x": torch.randn(9, 32)}], bits=7.0, group=16)
+    assert set(plan.edits) == {"used"} and plan.notes["refused"] == {"other": "no calibration data reached it"}
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])

@@ -9,7 +9,9 @@ choices under a budget are a knapsack problem, which is solved exactly.
 
 One budget: `size` of the layers' weights, `bits` a weight on average (scales and zero points included), `bops`
 (multiplications times bits of both sides) or `latency`, measured layer by layer on this machine. The result is held
-against the best uniform choice on calibration data that took no part, and where that wins it is taken.
+against the best uniform choice on calibration data that took no part, both rounded to nearest, and where that wins it
+is taken; then `solver` finds the codes. A mixture's experts choose one by one where each is a layer; packed in 3-D
+parameters they are left alone. Factors on inputs that a solver adds are not counted.
 
 When it hurts: sensitivities are of single layers, and what several broken layers do together is more than their sum,
 so budgets near 2 bits are predicted too well. Many choices, many kernels: what saves memory need not save time, for
@@ -84,7 +86,8 @@ class Mixed(Transform):
         layers = takeable(view, self, "quantize.mixed")[0]
         seen, held = apart(batches)
         edits, notes = allocated(self, view, layers, seen, held, rounded)
-        found = Plan(edits, notes=plan.notes | notes)
+        refused = plan.notes["refused"] | notes["refused"]
+        found = Plan(edits, notes=plan.notes | notes | {"refused": refused})
         return found if self.solver == "rtn" else solved(view, found, seen, self.solver)
 
     def apply(self, view: View, plan: Plan) -> None:
