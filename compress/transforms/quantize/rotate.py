@@ -14,9 +14,12 @@ encoders, sandwich norms), where something multiplies it by the input (modulated
 else than linear layers reads its norms (bare encoders, which hand it to the user). The values can be rotated there.
 
 When it hurts: a tied output head must be untied, which costs the size of the embedding table (the notes tell the
-bytes; quantize it in a later step). By itself the step makes nothing smaller or faster. Where scales are one a token
-and bits are eight there is little to gain; in models below a billion parameters the weights, once rotated, have no
-large and small groups any more, so that low-bit weights with a scale a group can even lose: compare with and without.
+bytes; quantize it in a later step). By itself the step makes nothing smaller or faster. It helps where activations have
+few bits, not where weights have: if gains of norms hold down channels that carry most of the stream, as in
+SmolLM2-135M, where three channels hold half of it, every rotated weight has to be exact enough for those. Perplexity
+there, rounded to nearest, 37.1 in float32: W6A6 with a scale a row from 49.1 to 43.9 (45.4 with `values`), W4A4 in
+groups of 64 from 1971 to 555, W8A8 from 37.35 to 37.27 (37.66 with `values`), but W4A8 in groups from 55.6 to 102.
+Compare with and without.
 
 Papers: Ashkboos, Mohtashami, Croci, Li, Cameron, Jaggi, Alistarh, Hoefler, Hensman, "QuaRot: Outlier-Free 4-Bit
 Inference in Rotated LLMs", NeurIPS 2024; Liu, Zhao, Fedorov, Soran, Choudhary, Krishnamoorthi, Chandra, Tian,
