@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SHRINK = torch.linspace(1.1, 0.45, 24)  # shares of the range that a search tries
+SHRINK = torch.linspace(1.08, 0.48, 16)  # shares of the range that a search tries
+NEAR = (0.94, 0.97, 1.0, 1.03, 1.06)  # shares of the range for another zero point
 SPARSE = 0.7  # norm of the error that hqq minimizes: few weights may be far off
 
 
@@ -125,31 +126,24 @@ def best(weight: Tensor, start: Grid, others, weigh: Tensor | None, norm: float)
 
 
 def hqq(weight: Tensor, bits: int, group: int, symmetric: bool, dtype: torch.dtype | None = None) -> Grid:
-    """Half-quadratic: a sparse part of the error is set aside, scale and zero point are fitted to the rest, in turns.
+    """Half-quadratic: a sparse part of the error is set aside, the zero point is fitted to the rest, in turns.
 
-    The zero point ends as a whole number, and the scale is searched once more for it.
+    Zero points are stored whole, so both neighbours of the fitted one are tried, each with scales near the first.
     """
     dtype = dtype or weight.dtype
     start = grid(weight, bits, group, symmetric, dtype)
-    values, current, beta = start.grouped(weight), start, 10.0
-    size = values.abs().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    found = []
-    for _ in range(20):
-        codes = start.grouped(rtn(weight, current))
-        off = (values - (codes - current.zero[..., None]) * current.scale[..., None]) / size
-        aside = off.sign() * (off.abs() - off.abs().clamp_min(1e-8).pow(SPARSE - 1) / beta).clamp_min(0) * size
-        current, beta = fitted(values - aside, codes, current), beta * 1.05
-        whole = replace(current, zero=current.zero.round().clamp(start.low, start.high))
-        found.append(replace(whole, scale=storable(whole.scale, dtype)))
-    chosen = best(weight, start, found, None, SPARSE)
-    tries = (replace(chosen, scale=storable(chosen.scale * share, dtype)) for share in SHRINK.tolist())
-    return best(weight, chosen, tries, None, SPARSE)
+    zeros = [start.zero] if symmetric else half_quadratic(weight, start)
+    tries = (replace(start, scale=storable(start.scale * near, dtype), zero=zero) for zero in zeros for near in NEAR)
+    return best(weight, start, tries, None, norm=4)
 
 
-def fitted(target: Tensor, codes: Tensor, grid: Grid) -> Grid:
-    """Scale (and zero point, where there is one) by least squares for fixed codes."""
-    if grid.symmetric:
-        scale = (codes * target).sum(-1) / codes.square().sum(-1).clamp_min(1)
-        return replace(grid, scale=torch.where(scale == 0, grid.scale, scale))
-    zero = (codes - target / grid.scale[..., None]).mean(-1)
-    return replace(grid, zero=zero.clamp(grid.low, grid.high))
+def half_quadratic(weight: Tensor, grid: Grid, turns: int = 20) -> list[Tensor]:
+    """The whole numbers below and above the best zero points for these scales."""
+    values, scale, zero, beta = grid.grouped(weight), grid.scale[..., None], grid.zero[..., None], 10.0
+    for _ in range(turns):
+        codes = (values / scale + zero).round_().clamp_(grid.low, grid.high)
+        off = values - (codes - zero) * scale
+        aside = off.sign() * (off.abs() - off.abs().clamp_min(1e-8).pow(SPARSE - 1) / beta).clamp_min(0)
+        zero, beta = (codes - (values - aside) / scale).mean(-1, keepdim=True), beta * 1.01
+    zero = zero.squeeze(-1).clamp(grid.low, grid.high)
+    return [zero.floor(), zero.ceil()]

@@ -1,7 +1,7 @@
 """Calibration block by block: the layers of a block see what the blocks before it, changed already, make of the data.
 
-Only the inputs of one block are kept, and of its layers no inputs but their second moments. Layers
-outside of chains of blocks are looked at in one pass over the whole model, after them.
+Only the inputs of one block are kept, and of its layers no inputs but their second moments. Layers outside of chains
+of blocks are looked at in one pass over the whole model, after them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.outputs import inputs
 from compress.roles import width_in
-from compress.stacks import Call, answers, chain, stacks
+from compress.stacks import Call, answers, chain, stacks, tensors
 from compress.view import View
+
+STRIP = 256  # columns of a second moment computed at a time
 
 
 @dataclass
@@ -60,13 +62,17 @@ def walk(
     view: View, inside: dict[str, list[str]], calls: list[list[Call]], batches: list[dict], held: int, targets: bool
 ) -> Iterator[Stage]:
     """The stages of one chain of blocks."""
-    given: list[list[Tensor]] = [[] for _ in batches]
-    clean = given
+    firsts = [tensors(tuple(each[0])) for each in calls]
+    clean = given = [[] for _ in batches]
     for index, (path, layers) in enumerate(list(inside.items())[: len(calls[0])]):
         block = view.module(path)
+
+        def after(before: list[list[Tensor]], index: int = index) -> list[Call]:
+            return [each[index].after(*two) for each, *two in zip(calls, before, firsts, strict=True)]
+
         if targets:
-            clean = [answers(block, each[index].after(before)) for each, before in zip(calls, clean, strict=True)]
-        now = [each[index].after(before) for each, before in zip(calls, given, strict=True)]
+            clean = [answers(block, call) for call in after(clean)]
+        now = after(given)
         if layers:
             meter = Meter(view, layers, batches, held)
             with meter:
@@ -121,4 +127,9 @@ def gram(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and mask.shape == x.shape[:-1]:
         x = x[mask.bool()]
     x = x.flatten(0, -2).float()
-    return x.t() @ x
+    total = x.new_empty(x.shape[1], x.shape[1])
+    for start in range(0, len(total), STRIP):  # half of it mirrors the other
+        end = start + STRIP
+        total[start:end, start:] = x[:, start:end].t() @ x[:, start:]
+        total[end:, start:end] = total[start:end, end:].t()
+    return total

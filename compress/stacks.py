@@ -25,9 +25,10 @@ def stacks(view: View) -> list[list[str]]:
     return list(found.values())
 
 
-class Previous(NamedTuple):
-    """Stands in a recorded call for one of the tensors that the block before gave."""
+class From(NamedTuple):
+    """Stands in a recorded call for a tensor that comes from elsewhere, so that no call keeps it."""
 
+    first: bool  # an argument of the first block, or else what the block before gave
     index: int
 
 
@@ -37,13 +38,18 @@ class Call(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
 
-    def after(self, given: list[Tensor]) -> Call:
-        """The call with the block before having given these tensors."""
+    def after(self, given: list[Tensor], first: list[Tensor]) -> Call:
+        """The call with the block before having given these tensors and the first one having got those."""
 
         def fill(leaf):
-            return given[leaf.index] if isinstance(leaf, Previous) else leaf
+            return (first if leaf.first else given)[leaf.index] if isinstance(leaf, From) else leaf
 
-        return Call(*(tree_map(fill, part, is_leaf=lambda leaf: isinstance(leaf, Previous)) for part in self))
+        return Call(*(tree_map(fill, part, is_leaf=is_marker) for part in self))
+
+
+def is_marker(leaf: Any) -> bool:
+    """Does it stand for a tensor?"""
+    return isinstance(leaf, From)
 
 
 @torch.no_grad()
@@ -88,9 +94,11 @@ class Recorder:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         index = len(self.calls)
-        own = {id(tensor): Previous(number) for number, tensor in enumerate(self.given)}
-        call = Call(*(tree_map(lambda leaf: own.get(id(leaf), plain(leaf)), part) for part in (args, kwargs)))
-        follows = index == 0 or any(isinstance(leaf, Previous) for leaf in leaves(call))
+        first = tensors(tuple(self.calls[0])) if index else []
+        known = {id(tensor): From(True, at) for at, tensor in enumerate(first)}
+        known |= {id(tensor): From(False, at) for at, tensor in enumerate(self.given)}
+        call = Call(*(tree_map(lambda leaf: known.get(id(leaf), plain(leaf)), part) for part in (args, kwargs)))
+        follows = index == 0 or any(is_marker(leaf) and not leaf.first for leaf in leaves(call))
         self.chained &= index < len(self.modules) and module is self.modules[index] and follows
         self.calls.append(call)
 
@@ -105,7 +113,7 @@ class Recorder:
 
 def leaves(call: Call) -> list:
     """What a call holds."""
-    return tree_leaves(tuple(call), is_leaf=lambda leaf: isinstance(leaf, Previous))
+    return tree_leaves(tuple(call), is_leaf=is_marker)
 
 
 def plain(leaf: Any) -> Any:
@@ -123,17 +131,23 @@ def chain(model: nn.Module, stack: list[str], batches: list[dict]) -> list[list[
 
     The proof: after another answer of the first block, replaying the others gives what the model gives.
     """
-    recorder, probe = Recorder(model, stack), Recorder(model, stack, scale=1.25)
+    probe = Recorder(model, stack, scale=1.25)
     probe.run(batches[0])
     if not probe.chained:
         return None
+    recorder = Recorder(model, stack)
     calls = [recorder.run(batches[0])]
-    given: list[Tensor] = []
+    first, given = tensors(tuple(calls[0][0])), []
     for index, (path, call) in enumerate(zip(stack, calls[0], strict=True)):
-        given = answers(model.get_submodule(path), call.after(given))
+        given = answers(model.get_submodule(path), call.after(given, first))
         given = scaled(given, 1.25) if index == 0 else given
     for got, wanted in zip(given, probe.given, strict=True):
         if got.is_floating_point() and relative_error(got, wanted) > 100 * torch.finfo(got.dtype).eps:
             return None
+    later = calls[0][1:]
+    if not any(isinstance(leaf, Tensor) for call in later for leaf in leaves(call)):
+        start = Recorder(model, stack[:1])  # all else follows from the first call, so this one is enough
+        calls += [start.run(batch) + later for batch in batches[1:]]
+        return calls if all(len(tensors(tuple(each[0]))) == len(first) for each in calls) else None
     calls += [recorder.run(batch) for batch in batches[1:]]
     return calls if recorder.chained else None
