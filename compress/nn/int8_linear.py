@@ -32,6 +32,7 @@ class Int8Linear(nn.Module):
         input_scale: Tensor | None = None,
         input_zero_point: Tensor | None = None,
         transposed: bool = False,
+        activation: str = "none",
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -45,6 +46,7 @@ class Int8Linear(nn.Module):
         for name, tensor in fixed.items():
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
         self.transposed = transposed  # was a Conv1D, so no format that only knows nn.Linear can hold this layer
+        self.activation = activation  # of the output: none, relu, gelu, gelu_tanh, silu
         self.out_features, self.in_features = weight.shape
 
     @classmethod
@@ -67,15 +69,9 @@ class Int8Linear(nn.Module):
         return weight if self.input_factor is None else weight * self.input_factor.to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return int8_linear(
-            x,
-            self.weight,
-            self.weight_scale,
-            self.bias,
-            self.input_factor,
-            self.input_scale,
-            None if self.input_zero_point is None else self.input_zero_point.to(torch.int32) + 128,
-        )
+        zero_point = None if self.input_zero_point is None else self.input_zero_point.to(torch.int32) + 128
+        fixed = self.input_factor, self.input_scale, zero_point
+        return int8_linear(x, self.weight, self.weight_scale, self.bias, *fixed, self.activation)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -29,6 +29,59 @@ INLINE void store(void *to, int64_t half, int64_t at, __m512 v, __mmask16 mask) 
   _mm256_mask_storeu_epi16((uint16_t *)to + at, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
 }
 
+INLINE void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2)
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    __m512i a = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), b = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    __m512i c = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    t[i] = _mm512_shuffle_i32x4(a, c, 0x88), t[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    t[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88), t[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+/* ---- activations ---- */
+enum { NONE, RELU, GELU, GELU_TANH, SILU };
+INLINE __m512 polynomial(__m512 x, const float *terms, int count) { /* highest power first */
+  __m512 p = _mm512_set1_ps(terms[0]);
+  for (int i = 1; i < count; ++i) p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(terms[i]));
+  return p;
+}
+INLINE __m512 power_of_2(__m512 x) { /* within 2e-7; NaN stays NaN */
+  static const float terms[] = {1.32763793e-3f, 9.67551023e-3f, 5.55071309e-2f, 2.40221202e-1f, 6.93146944e-1f, 1};
+  x = _mm512_max_ps(_mm512_set1_ps(-150), _mm512_min_ps(_mm512_set1_ps(126), x));
+  __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(polynomial(_mm512_sub_ps(x, whole), terms, 6), whole);
+}
+INLINE __m512 sigmoid_of(__m512 x, __m512 v) { /* v / (1 + e^-x) */
+  __m512 power = power_of_2(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
+  return _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1), power));
+}
+INLINE __m512 gelu(__m512 v) { /* max(v, 0) - a * e^(-a^2 / 2) * (polynomial of 1 / (1 + .335 a)), a = |v| */
+  static const float terms[] = {-1.08075544e-1f, 3.52944255e-1f, -6.51215687e-2f, 1.94560304e-1f, 1.25692502e-1f, 0};
+  __m512 one = _mm512_set1_ps(1), a = _mm512_min_ps(_mm512_set1_ps(30), _mm512_abs_ps(v));
+  __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(a, _mm512_set1_ps(.335f), one));
+  __m512 power = power_of_2(_mm512_mul_ps(_mm512_mul_ps(a, a), _mm512_set1_ps(-.72134752f)));
+  __m512 tail = _mm512_mul_ps(_mm512_mul_ps(a, power), polynomial(t, terms, 6));
+  return _mm512_sub_ps(_mm512_max_ps(_mm512_setzero_ps(), v), tail);
+}
+INLINE __m512 gelu_tanh(__m512 v) {
+  __m512 cubed = _mm512_fmadd_ps(_mm512_mul_ps(v, v), _mm512_set1_ps(.044715f), _mm512_set1_ps(1));
+  return sigmoid_of(_mm512_mul_ps(_mm512_mul_ps(v, cubed), _mm512_set1_ps(1.59576912f)), v);
+}
+static __attribute__((noinline)) void activate(int64_t kind, __m512 *v, int count) {
+  for (int i = 0; kind == RELU && i < count; ++i) v[i] = _mm512_max_ps(_mm512_setzero_ps(), v[i]);
+  for (int i = 0; kind == GELU && i < count; ++i) v[i] = gelu(v[i]);
+  for (int i = 0; kind == GELU_TANH && i < count; ++i) v[i] = gelu_tanh(v[i]);
+  for (int i = 0; kind == SILU && i < count; ++i) v[i] = sigmoid_of(v[i], v[i]);
+}
+
 /* ---- torch's threads ---- */
 enum { GRAIN = 1 << 18 };
 typedef void (*Part)(int64_t begin, int64_t end, void *job);
@@ -53,7 +106,8 @@ int32_t aoti_torch_is_contiguous(Tensor, _Bool *);
 int32_t aoti_torch_delete_tensor_object(Tensor);
 int32_t aoti_torch_new_uninitialized_tensor(Tensor *);
 int32_t aoti_torch_empty_strided(int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, Tensor *);
-int32_t aoti_torch_dtype_float32(void), aoti_torch_dtype_bfloat16(void), aoti_torch_device_type_cpu(void);
+int32_t aoti_torch_dtype_float32(void), aoti_torch_dtype_bfloat16(void), aoti_torch_dtype_bool(void);
+int32_t aoti_torch_device_type_cpu(void);
 int32_t aoti_torch_call_dispatcher(const char *, const char *, Value *);
 int32_t aoti_torch_library_init_impl(const char *, const char *, const char *, uint32_t, void **);
 int32_t aoti_torch_library_impl(void *, const char *, void (*)(Value *, uint64_t, uint64_t));

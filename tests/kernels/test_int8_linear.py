@@ -15,7 +15,7 @@ from compress.nn.int8_linear import Int8Linear
 from compress.outputs import relative_error
 from compress_kernels.int8_linear import accelerated, int8_linear, plain
 from compress_kernels.int8_linear.reference import quantize_rows, reference
-from compress_kernels.int8_linear.torch_path import integer_product
+from compress_kernels.int8_linear.torch_path import FUNCTIONS, integer_product
 from compress_kernels.timing import paired, trusted
 
 SHAPES = [(1, 3, 5), (2, 1, 4), (3, 17, 1), (17, 63, 129), (63, 64, 32), (300, 33, 65), (2, 1537, 7), (97, 100, 200)]
@@ -250,6 +250,27 @@ def test_works_in_inference_mode():
         assert relative_error(int8_linear(x, weight, scale, bias), reference(x, weight, scale, bias)) < 1e-5
 
 
+@pytest.mark.parametrize("count", [2, 12])
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_activations_of_the_output(name, count):
+    values = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([0.0, -0.0, 1e-20, 3e4, -3e4, 1e30, -1e30])])
+    weight = torch.zeros(len(values), 4, dtype=torch.int8)
+    got = int8_linear(torch.ones(count, 4), weight, torch.ones(len(values), 1), values, activation=name)
+    expected = FUNCTIONS[name](values.double()).expand_as(got)
+    assert ((got - expected).abs() <= 1.5e-6 + 3e-7 * expected.abs()).all()
+    broken = int8_linear(torch.full((count, 4), torch.nan), weight, torch.ones(len(values), 1), values, activation=name)
+    assert broken.isnan().all()
+
+
+def test_the_gradient_of_an_activation():
+    weight, scale, bias = layer(8, 5)
+    x = rows(3, 8).requires_grad_()
+    int8_linear(x, weight, scale, bias, activation="gelu").sum().backward()
+    other = x.detach().clone().requires_grad_()
+    nn.functional.gelu(int8_linear(other, weight, scale, bias)).sum().backward()
+    torch.testing.assert_close(x.grad, other.grad)
+
+
 def test_gradients_pass_straight_through():
     weight, scale, bias = layer(8, 5)
     x, bias, factor = rows(3, 8).requires_grad_(), bias.requires_grad_(), torch.rand(8)
@@ -295,7 +316,7 @@ def test_freezing_leaves_the_operator(monkeypatch):
 
 def test_operators_are_registered_as_torch_wants_them():
     weight, scale, bias = layer(8, 5)
-    arguments = (rows(3, 8), weight, scale, bias, torch.rand(8), None, None)
+    arguments = (rows(3, 8), weight, scale, bias, torch.rand(8), None, None, 0)
     assert set(torch.library.opcheck(torch.ops.compress.int8_linear.default, arguments).values()) == {"SUCCESS"}
     arguments = (rows(3, 8).requires_grad_(), *arguments[1:])
     assert set(torch.library.opcheck(torch.ops.compress.int8_linear_autograd.default, arguments).values()) == {
@@ -328,7 +349,7 @@ def test_falls_back_without_a_c_kernel(monkeypatch):
     monkeypatch.setattr(kernel, "accelerated", lambda: False)
     weight, scale, bias = layer(16, 8)
     for x in (rows(1, 16), rows(5, 16)):
-        got = kernel._default(x, weight, scale, bias, None, None, None)
+        got = kernel._default(x, weight, scale, bias, None, None, None, 0)
         assert relative_error(got, reference(x, weight, scale, bias)) < 1e-5
 
 

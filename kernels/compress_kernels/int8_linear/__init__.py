@@ -10,13 +10,14 @@ from torch import Tensor
 
 from compress_kernels import native, native_torch
 from compress_kernels.int8_linear import source
-from compress_kernels.int8_linear.torch_path import plain
+from compress_kernels.int8_linear.torch_path import FUNCTIONS, plain
 from compress_kernels.timing import trusted
 
+KINDS = tuple(FUNCTIONS)  # in the order of the C source
 NAME = "compress::int8_linear"
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_factor, Tensor? input_scale, "
-    "Tensor? input_zero_point) -> Tensor"
+    "Tensor? input_zero_point, int activation) -> Tensor"
 )
 
 
@@ -28,16 +29,18 @@ def int8_linear(
     input_factor: Tensor | None = None,
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
     """x [..., in] times input_factor [in], quantized, times weight [out, in] int8 with weight_scale [out, 1].
 
     Without an input_scale each row gets the scale and the zero point that span its values. The result has the dtype of
-    x, and the same bits on every CPU path and at every number of threads.
+    x, and without an activation the same bits on every CPU path; no number of threads changes any.
     """
     assert x.shape[-1] == weight.shape[1], f"x has {x.shape[-1]} features, the weight {weight.shape[1]}"
-    arguments = x.contiguous(), weight, weight_scale, bias, input_factor, input_scale, input_zero_point
+    kind = KINDS.index(activation)
+    arguments = x.contiguous(), weight, weight_scale, bias, input_factor, input_scale, input_zero_point, kind
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return torch.ops.compress.int8_linear_autograd.default(*arguments)
+        return FUNCTIONS[activation](torch.ops.compress.int8_linear_autograd.default(*arguments[:-1], 0))
     return torch.ops.compress.int8_linear.default(*arguments)
 
 
@@ -69,7 +72,7 @@ def accelerated() -> bool:
     x[0], x[1], x[2] = 1, -1, 0  # all codes at their limits, and none
     weight = torch.randint(-127, 128, (100, 200), generator=generator, dtype=torch.int8)
     weight[0], weight[1] = 127, -127
-    rest = weight, torch.rand(100, 1, generator=generator), torch.randn(100, generator=generator), None, None, None
+    rest = weight, torch.rand(100, 1, generator=generator), torch.randn(100, generator=generator), None, None, None, 0
     for rows in (x, x[:3]):
         fast, expected = partial(torch.ops.compress.int8_linear_native, rows, *rest), plain(rows, *rest)
         if not trusted(fast, partial(plain, rows, *rest), expected, 0):
@@ -94,7 +97,7 @@ def _backward(ctx, grad: Tensor):
         grad_x = grad_x if input_factor is None else grad_x * input_factor.to(grad.dtype)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.flatten(0, -2).sum(0)
-    return grad_x, None, None, grad_bias, None, None, None
+    return grad_x, None, None, grad_bias, None, None, None, None
 
 
 def _define() -> None:

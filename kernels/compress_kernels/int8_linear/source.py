@@ -6,12 +6,12 @@ along the weights' own rows. All sums are exact and every float step is one roun
 """
 
 SOURCE = r"""
-enum { PANEL = 64, TILE = 6, FEW = 8, BLOCK = 96, DEEPEST = 65536 };
+enum { PANEL = 64, TILE = 6, FEW = 8, BLOCK = 60, NEAR = 400 << 10, DEEPEST = 65536 };
 typedef struct {
   Floats x, weight_scale, bias, factor;
   const int8_t *weight;
   void *out;
-  int64_t rows, depth, width;
+  int64_t rows, depth, width, activation;
   const float *scale; const int32_t *zero; /* of all activations, or NULL: found for each row */
   int64_t stride, block, columns; /* bytes of a row of codes; rows and panels of a task */
   int8_t *panels;
@@ -77,22 +77,6 @@ typedef struct {
   int8_t weight[] __attribute__((aligned(64)));
 } Panel;
 
-INLINE void transpose(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2)
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    __m512i a = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), b = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    __m512i c = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    t[i] = _mm512_shuffle_i32x4(a, c, 0x88), t[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    t[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88), t[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
 static void pack(const Job *j, int64_t n, Panel *to) {
   __m512i ones = _mm512_set1_epi8(1);
   for (int q = 0; q < 4; ++q) {
@@ -101,8 +85,11 @@ static void pack(const Job *j, int64_t n, Panel *to) {
     for (int64_t k = 0; k < j->depth; k += 64) {
       __mmask64 mask = head64(j->depth - k);
       __m512i r[16];
-      for (int i = 0; i < 16; ++i)
-        r[i] = _mm512_maskz_loadu_epi8(i < left ? mask : 0, j->weight + (start + i) * j->depth + k);
+      for (int i = 0; i < 16; ++i) {
+        const int8_t *from = j->weight + (start + i) * j->depth + k;
+        _mm_prefetch(from + 128, _MM_HINT_T0);
+        r[i] = _mm512_maskz_loadu_epi8(i < left ? mask : 0, from);
+      }
       transpose(r);
       for (int i = 0; i < 16; ++i) {
         _mm512_store_si512(to->weight + (k / 4 + i) * 256 + 64 * q, r[i]);
@@ -138,12 +125,19 @@ INLINE void tile(const int R, const Job *j, const Panel *p, Rows rows, int64_t i
   #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
     __m512i zero = _mm512_set1_epi32(rows.zero[i + r]);
+    __m512 v[4];
     #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       __m512i total = _mm512_sub_epi32(sum[r][q], _mm512_mullo_epi32(zero, p->sum[q]));
-      __m512 v = undo(total, p->scale[q], rows.scale[i + r], p->bias[q]);
-      store(j->out, j->x.half, (first + i + r) * j->width + n + 16 * q, v, p->mask[q]);
+      v[q] = undo(total, p->scale[q], rows.scale[i + r], p->bias[q]);
     }
+    if (j->activation) {
+      __m512 w[4] = {v[0], v[1], v[2], v[3]}; /* a copy, so that the rest stays in registers */
+      activate(j->activation, w, 4);
+      v[0] = w[0], v[1] = w[1], v[2] = w[2], v[3] = w[3];
+    }
+    #pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) store(j->out, j->x.half, (first + i + r) * j->width + n + 16 * q, v[q], p->mask[q]);
   }
 }
 static int64_t panel_bytes(const Job *j) { return sizeof(Panel) + j->stride * PANEL; }
@@ -159,11 +153,20 @@ static void many(int64_t begin, int64_t end, void *job) {
     int64_t first = task % blocks * j->block, from = task / blocks * j->columns;
     int64_t count = j->rows - first < j->block ? j->rows - first : j->block;
     Rows rows = quantize(j, first, count);
+    int64_t step = own ? j->depth * PANEL : panel_bytes(j), share = parts(step, parts(count, TILE));
+    int64_t row = j->depth * (j->x.half ? 2 : 4), tiles = parts(count, TILE) * least(j->columns, panels - from);
+    const char *ahead = (const char *)j->x.data + (first + count) * row;
+    int64_t portion = blocks > 1 ? parts(count * row, tiles) : 0; /* of the next rows */
     for (int64_t p = from; p < from + j->columns && p < panels; ++p) {
-      const Panel *panel = own ? own : (const Panel *)(j->panels + p * panel_bytes(j));
+      const Panel *panel = own ? own : (const Panel *)(j->panels + p * step);
+      const int8_t *soon = (own ? j->weight : j->panels) + (p + 1) * step; /* of the next panel */
       int64_t i = 0, n = p * PANEL;
       if (own) pack(j, n, own);
-      for (; i + TILE <= count; i += TILE) tile(6, j, panel, rows, i, first, n);
+      for (; i + TILE <= count; i += TILE, soon += share, ahead += portion) {
+        for (int64_t at = 0; at < share; at += 64) _mm_prefetch(soon + at, _MM_HINT_T0);
+        for (int64_t at = 0; at < portion; at += 64) _mm_prefetch(ahead + at, _MM_HINT_T0);
+        tile(6, j, panel, rows, i, first, n);
+      }
       switch (count - i) {
         case 5: tile(5, j, panel, rows, i, first, n); break;
         case 4: tile(4, j, panel, rows, i, first, n); break;
@@ -200,6 +203,7 @@ INLINE void strip(const int R, const Job *j, Rows rows, int64_t i, int64_t n) {
     __mmask64 mask = head64(depth - k);
     #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
+      _mm_prefetch(w[q] + 8 * depth + k, _MM_HINT_T0); /* of the outputs after the next */
       v[q] = _mm512_maskz_loadu_epi8(mask, w[q] + k);
       DOT(own[q], ones, v[q]);
     }
@@ -217,6 +221,7 @@ INLINE void strip(const int R, const Job *j, Rows rows, int64_t i, int64_t n) {
   for (int r = 0; r < R; ++r) {
     __m128i total = _mm_sub_epi32(across(sum[r]), _mm_mullo_epi32(_mm_set1_epi32(rows.zero[i + r]), sums));
     __m512 v = undo(_mm512_castsi128_si512(total), scale, rows.scale[i + r], bias);
+    if (j->activation) activate(j->activation, &v, 1);
     store(j->out, j->x.half, (i + r) * j->width + n, v, mask);
   }
 }
@@ -240,7 +245,7 @@ static void linear(Job j) {
   if (j.rows <= FEW) { spread(parts(j.width, 4), 4 * j.depth * (j.rows + 3), few, &j); return; }
   int64_t workers = threads();
   j.block = parts(parts(j.rows, workers), TILE) * TILE;
-  if (j.block > BLOCK) j.block = BLOCK;
+  if (j.block * j.stride > NEAR) j.block = BLOCK;
   if (j.block < 4 * TILE) j.block = 4 * TILE;
   int64_t panels = parts(j.width, PANEL), blocks = parts(j.rows, j.block), groups = 1;
   while (blocks * groups < workers && groups < panels) ++groups;
@@ -273,6 +278,7 @@ static void operator(Value *stack, uint64_t inputs, uint64_t outputs) {
   Tensor out = empty(dims, shape, j.x.half);
   float fixed = scale.data ? _mm512_cvtss_f32(load(scale, 0, 1)) : 0;
   int32_t middle = 128;
+  j.activation = (int64_t)stack[7];
   j.weight = address(weight), j.out = address(out);
   j.scale = scale.data ? &fixed : NULL, j.zero = zero ? address(zero) : &middle;
   if (j.rows && j.width) linear(j);

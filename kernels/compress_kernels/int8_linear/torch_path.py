@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compress_kernels.int8_linear.reference import quantize_rows
@@ -12,6 +13,13 @@ from compress_kernels.timing import trusted
 
 # Legend: R rows (tokens), K input features, N output features
 BLOCK = 256  # rows a thread: the sums of a block stay in the second-level cache
+FUNCTIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 EXACT = 512  # columns whose products of codes sum exactly in float32
 
 
@@ -23,10 +31,12 @@ def plain(
     input_factor: Tensor | None,
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
+    activation: int = 0,
 ) -> Tensor:
     """Blocks of rows are quantized, multiplied exactly, and scaled."""
     x_RK = x.reshape(-1, x.shape[-1])
     out_RN = x.new_empty(len(x_RK), len(weight))
+    activate = list(FUNCTIONS.values())[activation]
     sum_N, scale_N = weight.sum(1, dtype=torch.int32), weight_scale.float().flatten()
     step = max(1, BLOCK * torch.get_num_threads())
     for rows, out in zip(x_RK.split(step), out_RN.split(step), strict=True):
@@ -34,7 +44,7 @@ def plain(
         codes, scale, zero = quantize_rows(values, input_scale, input_zero_point)
         total = _product((codes - 128).to(torch.int8), weight) + (128 - zero) * sum_N
         result = total.float().mul_(scale_N).mul_(scale)
-        out.copy_(result if bias is None else result.add_(bias.float()))
+        out.copy_(activate(result if bias is None else result.add_(bias.float())))
     return out_RN.view(*x.shape[:-1], len(weight))
 
 
