@@ -1,6 +1,7 @@
-"""`python -m compress_kernels.weight_only_linear.bench`: both paths of weight_only_linear against dense layers.
+"""`python -m compress_kernels.weight_only_linear.bench`: weight_only_linear against dense layers and torch's products.
 
-Thread time of one thread, so run with OMP_NUM_THREADS=1. Where the columns of the paths cross, `FEW` of cpu.py belongs.
+Thread time of one thread, so run with OMP_NUM_THREADS=1. Where "codes" falls behind "dequantized", `FEW` of source.py
+belongs; where torch's packed product falls behind its dequantizing, `FEW` of cpu.py.
 """
 
 from __future__ import annotations
@@ -9,25 +10,26 @@ import torch
 import torch.nn.functional as F
 
 from compress_kernels.timing import paired
-from compress_kernels.weight_only_linear.cpu import few, plain
+from compress_kernels.weight_only_linear import library, weight_only_linear
+from compress_kernels.weight_only_linear.cpu import few, linear, plain
 from compress_kernels.weight_only_linear.reference import pack, reference
+from compress_kernels.weight_only_linear.source import FEW
 
-SHAPES = ((576, 1536), (768, 3072))
-ROWS = (1, 8, 32, 64, 128, 512)
+SHAPES = ((576, 1536), (1536, 576), (768, 3072))
+ROWS = (1, 4, FEW, FEW + 1, 32, 256)
 
 
 @torch.inference_mode()
 def main() -> None:
     """A line per layer: microseconds of a dense float32 layer, then how many times faster the others are."""
-    columns = ("bf16", "packed (bf16 in)", "(fp32 in)", "dequantized (bf16 in)", "(fp32 in)")
-    print(f"{'bits, in, out, rows':>22} {'fp32 us':>9}  " + "  ".join(columns))
-    for bits, groups in ((4, 64), (8, 0)):
+    print(f"{'bits, group, in, out, rows':>28} {'fp32 us':>8}")
+    for bits, group in ((4, 64), (4, 32), (3, 64), (8, 0)):
         for depth, width in SHAPES:
             for rows in ROWS:
-                times = paired(contestants(rows, depth, width, bits, groups or depth))
-                base, *others = times.values()
-                layer = f"{bits}, {depth}, {width}, {rows}"
-                print(f"{layer:>22} {base * 1e6:9.0f} " + "  ".join(f"{base / value:10.2f}" for value in others))
+                times = paired(contestants(rows, depth, width, bits, group or depth))
+                base = times.pop("fp32")
+                line = "  ".join(f"{name} {base / value:.2f}" for name, value in times.items())
+                print(f"{f'{bits}, {group}, {depth}, {width}, {rows}':>28} {base * 1e6:8.0f}  {line}")
 
 
 def contestants(rows: int, depth: int, width: int, bits: int, group: int) -> dict:
@@ -36,20 +38,23 @@ def contestants(rows: int, depth: int, width: int, bits: int, group: int) -> dic
     x = torch.randn(rows, depth, generator=generator)
     codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (width, depth), generator=generator).to(torch.int8)
     packed = pack(codes, bits), torch.rand(width, depth // group, generator=generator).bfloat16(), None
+    rest = None, None, bits
     weight = torch.randn(width, depth, generator=generator)
     half, x_half = weight.bfloat16(), x.bfloat16()
-    expected = reference(x, *packed, None, None, bits)
-    for path in (few(x, *packed, bits), plain(x, *packed, None, None, bits)):
-        error = (path - expected).norm() / expected.norm()
-        assert error < 5e-3, f"weight_only_linear is off by {error:.1e}"
-    return {
-        "fp32": lambda: F.linear(x, weight),
-        "bf16": lambda: F.linear(x_half, half),
-        "packed": lambda: few(x_half, *packed, bits),
-        "packed fp32": lambda: few(x, *packed, bits).float(),
-        "dequantized": lambda: plain(x_half, *packed, None, None, bits),
-        "dequantized fp32": lambda: plain(x, *packed, None, None, bits),
+    found = {
+        "codes (bf16 in)" if rows <= FEW else "dequantized (bf16 in)": lambda: weight_only_linear(x_half, *packed, *rest),
+        "(fp32 in)": lambda: weight_only_linear(x, *packed, *rest),
+        "torch's dequantized": lambda: plain(x_half, *packed, *rest),
     }
+    if rows <= FEW:
+        found["dequantized"] = lambda: linear(x_half, *packed, *rest, library())
+    if bits in (4, 8):
+        found["torch's packed"] = lambda: few(x_half, *packed, bits)
+    expected = reference(x_half, *packed, *rest)
+    for name, path in found.items():
+        error = (path() - expected).norm() / expected.norm()
+        assert error < 6e-3, f"{name} is off by {error:.1e}"
+    return {"fp32": lambda: F.linear(x, weight), "bf16": lambda: F.linear(x_half, half), **found}
 
 
 if __name__ == "__main__":

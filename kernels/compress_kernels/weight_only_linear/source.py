@@ -116,7 +116,7 @@ INLINE __m128 sums4(const vf *v) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// 4 sums: 4 weight rows times a row of x, or a weight row times 4 rows of x. Groups are whole chunks, or multiples of 16.
+// 4 weight rows times a row of x, or a weight row times 4 rows of x. Groups are whole chunks, or multiples of 16.
 INLINE void tile(const Layer *l, i64 n, i64 r0, float *room, float *out, int rows, int bits, int whole_chunks) {
     const int8_t *codes = l->codes + r0 * l->C * 128;
     const float *steps = l->steps + r0 * l->padded, *sums = l->sums + r0 * l->G;
