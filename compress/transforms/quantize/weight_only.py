@@ -98,7 +98,8 @@ def built(path: str, module: nn.Module, edit: dict, tensors: dict[str, torch.Ten
     if codes is None:
         factor = weight.new_empty(weight.shape[transposed ^ 1]) if "input_factor" in edit else None
         return WeightOnlyLinear.from_linear(module, *settings, factor)
-    scale, factor = scale.to(weight.dtype), None if factor is None else factor.to(weight.dtype)
+    scale = scale.to(weight.dtype, copy=True)  # layers with the same inputs were solved as one, and are saved apart
+    factor = None if factor is None else factor.to(weight.dtype, copy=True)
     return WeightOnlyLinear.from_codes(codes, scale, zero, module.bias, edit["bits"], factor, transposed)
 
 
