@@ -82,7 +82,7 @@ def signround(
 
 def loss(block: nn.Module, weights: dict[str, Tensor], call: Call, target: list[Tensor]) -> Tensor:
     """Squared errors of the block's answers with these weights, each relative to the size of the answer."""
-    swapped = {}
+    swapped = {name: value.detach() for name, value in block.named_parameters()}  # none but the weights learns
     for name, weight in weights.items():
         layer = block.get_submodule(name)
         swapped[f"{name}.weight"] = (weight.t() if is_conv1d(layer) else weight).to(layer.weight.dtype)

@@ -225,5 +225,6 @@ def test_signround_is_better_than_its_start_or_equal(symmetric):
     found = signround(block, start, calls, targets, torch.float32, steps=60)
     after = mean_loss(block, {name: dequantize(*rest) for name, rest in found.items()}, calls, targets)
     assert after < 0.7 * before
+    assert all(parameter.grad is None for parameter in block.parameters())
     kept = signround(block, start, calls, targets, torch.float32, steps=0)
     assert all(torch.equal(kept[name][0], start[name][1]) for name in start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from compress.errors import CompressError
 from compress.nn.weight_only_linear import WeightOnlyLinear
 from compress.outputs import relative_error, run
+from compress.transform import Plan
 from compress.transforms.quantize.weight_only import WeightOnly, fitting
 from compress.view import View
 from models import MODELS
@@ -161,6 +163,10 @@ def test_awq_moves_factors_into_norms_values_and_gated_branches_and_leaves_the_o
     plan = applied(bert, [sentences], bits=3, group=16, solver="awq")
     kept = [path for path, edit in plan.edits.items() if "input_factor" in edit]
     assert kept and all(bert.get_submodule(path).input_factor is not None for path in kept)
+    empty = MODELS["bert"]()[0].to("meta")
+    WeightOnly().apply(View(empty), Plan(json.loads(json.dumps(plan.edits))))
+    shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in bert.state_dict().items()}
+    assert {key: (tensor.shape, tensor.dtype) for key, tensor in empty.state_dict().items()} == shapes
 
 
 def test_layers_that_share_a_weight_share_its_codes_after_calibration():
