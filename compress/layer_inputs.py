@@ -38,8 +38,9 @@ class Gathering:
 
     def __init__(self, width: int, batches: int) -> None:
         self.share = -(-max(ROWS, 8 * width) // batches)  # rows to take of each batch
-        self.step = max(8, self.share * batches // SAMPLE)  # every so many of them goes into the sample
+        self.step = max(8, self.share * batches // SAMPLE)  # one of so many goes into the sample
         self.count, self.rows = 0, []
+        self.chance = torch.Generator().manual_seed(0)  # what returns every so many rows must not fall on one side
         self.low = self.high = self.moments = None
 
     def add(self, x: Tensor) -> None:
@@ -48,13 +49,12 @@ class Gathering:
         low, high = x.aminmax(dim=0)
         first = self.moments is None
         self.low, self.high = (low, high) if first else (self.low.minimum(low), self.high.maximum(high))
-        if len(x) > self.share:
-            x = x[torch.linspace(0, len(x) - 1, self.share).long().to(x.device)]
-        kept = (torch.arange(self.count, self.count + len(x), device=x.device) % self.step) == 0
-        self.rows.append(x[kept])
-        others = x[~kept]
+        order = torch.randperm(len(x), generator=self.chance).to(x.device)[: self.share]
+        kept = -(-(self.count + len(order)) // self.step) + -self.count // self.step
+        self.count += len(order)
+        self.rows.append(x[order[:kept]])
+        others = x[order[kept:]]
         self.moments = others.t() @ others if first else self.moments.addmm_(others.t(), others)
-        self.count += len(x)
 
     def inputs(self, path: str) -> Inputs:
         """What was gathered."""
