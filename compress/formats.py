@@ -17,6 +17,7 @@ from compress.nn.fp8_linear import Fp8Linear
 from compress.nn.int8_embedding import Int8Embedding
 from compress.nn.int8_linear import Int8Linear
 from compress.nn.weight_only_linear import WeightOnlyLinear
+from compress.transform import find
 from compress.view import View
 
 
@@ -26,12 +27,13 @@ def choose_format(model: nn.Module, library: str, steps: list[dict], wanted: str
     odd = "layers are quantized" if families == {"quantize"} else "the structure is not an ordinary config"
     fits = {"compress-plan": f"{odd}, which no other format of this model can hold"}
     ordinary = library == "transformers" and families <= {"heads", "quantize"} and native_config(model) is not None
-    reason = obstacle(model) if ordinary and "quantize" in families else ""
-    if ordinary and families == {"heads"}:
+    plain = all(step["use"].startswith("heads.") or find(step["use"]).prepares for step in steps)
+    reason = obstacle(model) if ordinary and not plain else ""
+    if ordinary and plain:
         fits["native"] = "the result is an ordinary config of this model"
-    if reason:
+    elif reason:
         fits["compress-plan"] = reason
-    elif ordinary and "quantize" in families:
+    elif ordinary:
         known = "beyond an ordinary config only layers were quantized, which vLLM reads too"
         fits["compressed-tensors"] = known + caveat(model)
         if not _is_decoder(model):

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from compress.emit import write
 from compress.errors import CompressError
 from compress.outputs import relative_error, run
-from compress.recipe import Recipe
+from compress.recipe import Emit, Recipe
 from compress.rotations import hadamard, rotation
 from compress.source import adopt
 from compress.steps import run_steps
@@ -202,3 +203,14 @@ def test_it_needs_something_to_rotate():
 
 def test_streams_that_share_a_table_are_one():
     assert len([s for s in find_streams(MODELS["t5"]()[0]) if not s.refusal]) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+def test_rotated_alone_it_stays_an_ordinary_model_of_its_library(name, tmp_path):
+    model, batch = MODELS[name]()
+    plan = rotated(model, batch)
+    format, _ = write(adopt(model), tmp_path, [{"use": "quantize.rotate", "edits": plan.edits}], batch, Emit(), {})
+    assert format == "native"
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(answer(loaded, batch), answer(model, batch))
+    assert getattr(loaded.config, "tie_word_embeddings", False) is False
