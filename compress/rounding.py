@@ -5,6 +5,7 @@ A weight is [out, in]; a grid has a scale and a zero point for each row and each
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +28,7 @@ class Grid:
 
     def grouped(self, weight: Tensor) -> Tensor:
         """The weight as [out, groups, columns of a group]."""
-        return weight.float().unflatten(1, (self.scale.shape[1], -1))
+        return weight.detach().float().unflatten(1, (self.scale.shape[1], -1))
 
     def zero_point(self) -> Tensor | None:
         """The zero points as codes; None where there are none."""
@@ -107,12 +108,13 @@ def shrunk(weight: Tensor, start: Grid, share: float, dtype: torch.dtype) -> Gri
     return between(least * share, most * share, start.low, start.high, dtype)
 
 
-def best(weight: Tensor, start: Grid, others, weigh: Tensor | None, norm: float) -> Grid:
+def best(weight: Tensor, start: Grid, others: Iterable[Grid], weigh: Tensor | None, norm: float) -> Grid:
     """Of several grids the best one for each group; `start` where none is better."""
 
     def errors(candidate: Grid) -> Tensor:
-        off = (candidate.grouped(dequantize(rtn(weight, candidate), candidate)) - values).abs_()
-        off = off.square_() if norm == 2 else off.pow_(norm)
+        scale, zero = candidate.scale[..., None], candidate.zero[..., None]
+        off = (values / scale).add_(zero).round_().clamp_(start.low, start.high).sub_(zero).mul_(scale).sub_(values)
+        off = off.square_() if norm == 2 else off.abs_().pow_(norm)
         return (off if weigh is None else off.mul_(weigh)).sum(-1)
 
     values = start.grouped(weight)
