@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from compress import compress, layer_inputs
+from compress.activations import find_activations
 from compress.errors import CompressError
 from compress.gptq import gptq
 from compress.nn.fused_attention import FusedAttention
@@ -175,17 +176,47 @@ def test_models_answer_almost_the_same_and_shrink(name):
 @pytest.mark.parametrize(("name", "taken"), [("bert", 2), ("vit", 2), ("llama", 0), ("dit", 0)])
 def test_the_softmax_of_encoders_is_ours_and_changes_only_rounding(name, taken):
     answers = []
-    for attention in (True, False):
+    for fuse in (True, False):
         model, batch = MODELS[name]()
-        applied(model, attention=attention)
+        applied(model, fuse=fuse)
         found = [module for module in model.modules() if isinstance(module, FusedAttention)]
-        assert len(found) == taken * attention
+        assert len(found) == taken * fuse
         with torch.no_grad():
             answers.append(run(model, batch))
     assert relative_error(*answers) < 2e-2  # a rounding can tip a code
     model, _ = MODELS[name]()
     spared = Int8(skip=("*attention*",)).plan(View(model)).edits.values()
     assert spared and not any("attention" in edit for edit in spared)
+
+
+@pytest.mark.parametrize(("name", "taken"), [("bert", 2), ("vit", 2), ("llama", 0), ("opt", 0)])
+def test_the_activations_of_encoders_are_computed_by_the_layers_before_them(name, taken):
+    answers = []
+    for fuse in (True, False):
+        model, batch = MODELS[name]()
+        method, view = Int8(fuse=fuse, smooth="off", solver="rtn"), View(model)
+        plan = method.calibrate(view, method.plan(view), [batch])
+        method.apply(view, plan)
+        fused = [edit for edit in plan.edits.values() if edit.get("activation") == "gelu"]
+        assert len(fused) == taken * fuse
+        assert sum(isinstance(module, nn.Identity) for module in model.modules()) >= taken * fuse
+        with torch.no_grad():
+            answers.append(run(model, batch))
+    assert relative_error(*answers) < 2e-2  # a rounding can tip a code
+
+
+def test_an_activation_that_is_not_all_that_reads_a_layer_stays():
+    model, batch = MODELS["bert"]()
+    layer = model.bert.encoder.layer[0].intermediate
+    layer.register_forward_hook(lambda module, args, output: output + module.dense(args[0]))
+    found = find_activations(View(model), set(View(model).linears()), batch)
+    assert found == {}
+    model, batch = MODELS["bert"]()
+    paths = set(View(model).linears()) - {"bert.encoder.layer.1.intermediate.dense"}
+    found = find_activations(View(model), paths, batch)
+    assert found == {
+        "bert.encoder.layer.0.intermediate.dense": {"activation": "gelu", "instead of": "intermediate_act_fn"}
+    }
 
 
 def test_embeddings_are_rows_of_int8():

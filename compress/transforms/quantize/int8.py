@@ -40,7 +40,7 @@ from compress.linears import check_finite, output_heads, swap, takeable, weight_
 from compress.nn.fused_attention import FusedAttention
 from compress.nn.int8_embedding import Int8Embedding
 from compress.nn.int8_linear import Int8Linear
-from compress.roles import is_linear
+from compress.roles import is_linear, join, parent_of
 from compress.transform import Field, Plan, Transform
 from compress.view import View
 
@@ -59,11 +59,11 @@ class Int8(Transform):
     activations: Literal["dynamic", "static"] = Field("dynamic", description="a range per token, or one from the data")
     embeddings: bool = Field(False, description="also store embedding tables as int8 rows")
     head: bool = Field(False, description="also take the output head, and an embedding table tied to it")
-    attention: bool = Field(True, description="leave the softmax of transformers' encoders to our kernel, in float")
+    fuse: bool = Field(True, description="in transformers' encoders leave softmax and activations to our kernels")
 
     @property
     def uses_data(self) -> bool:
-        return self.smooth != "off" or self.solver != "rtn" or self.activations == "static"
+        return self.smooth != "off" or self.solver != "rtn" or self.activations == "static" or self.fuse
 
     @property
     def needs_data(self) -> bool:
@@ -78,25 +78,35 @@ class Int8(Transform):
         refused = {path: why for path, why in (refused | left).items() if path not in tied}
         remarks = [f"{one_of(tied, 9)} hold the same int8 rows"] if tied else []
         edits = {path: {"bits": 8} for path in taken | tied}
-        if edits and self.attention:
-            edits |= {path: {"attention": True} for path in encoders(view, self)}
+        if edits and self.fuse:
+            edits |= {path: {"attention": True} for path in softmaxes(view, self)}
         return Plan(edits, notes={"refused": refused, "remarks": remarks})
 
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
+        from compress.activations import find_activations
+        from compress.emit import probe_inputs
         from compress.int8_calibration import Fit
 
         heads = output_heads(view)
         paths = [path for path in plan.edits if is_linear(view.module(path)) and not heads.get(path)]
         fitted = Fit(view, self.smooth, self.solver, self.activations == "static").run(paths, batches)
         edits = {path: edit | fitted.settings.get(path, {}) for path, edit in plan.edits.items()}
+        if self.fuse and is_encoder(view):
+            for path, edit in find_activations(
+                view, set(paths), probe_inputs(view.model, batches[0], tokens=32)
+            ).items():
+                edits[path] |= edit
         remarks = plan.notes["remarks"] + fitted.notes.pop("remarks", [])
         return Plan(edits, fitted.tensors, plan.notes | fitted.notes | {"remarks": remarks})
 
     def apply(self, view: View, plan: Plan) -> None:
         layers = {path: edit for path, edit in plan.edits.items() if "attention" not in edit}
-        softmaxes = [view.attention(path) for path in plan.edits if path not in layers]
+        attentions = [view.attention(path) for path in plan.edits if path not in layers]
         swap(view, layers, lambda path, module, edit: build(path, module, edit, plan.tensors))
-        for attention in softmaxes:
+        for path, edit in layers.items():
+            if "activation" in edit:
+                view.replace(join(parent_of(path), edit["instead of"]), nn.Identity())
+        for attention in attentions:
             attend_through(view, attention, FusedAttention())
 
 
@@ -112,16 +122,21 @@ def build(path: str, module: nn.Module, edit: dict, tensors: dict[str, Tensor]) 
         parts["input_scale"] = weight.new_ones(())
         parts["input_zero_point"] = weight.new_zeros(())
     fitted = {name: tensors.get(f"{path}.{name}", part) for name, part in parts.items()}
-    return Int8Linear(**fitted, bias=module.bias, transposed=nearest.transposed)
+    activation = edit.get("activation", "none")
+    return Int8Linear(**fitted, bias=module.bias, transposed=nearest.transposed, activation=activation)
 
 
-def encoders(view: View, method: Int8) -> list[str]:
-    """The attentions whose softmax is ours to compute; decoders are left as every loader of their formats has them."""
+def is_encoder(view: View) -> bool:
+    """Is nothing causal? Decoders are left in a form that every loader of their formats knows."""
+    return view.library == "transformers" and not any(attention.causal for attention in view.attentions())
+
+
+def softmaxes(view: View, method: Int8) -> list[str]:
+    """The attentions whose softmax is ours to compute."""
     return [
         attention.path
-        for attention in (view.attentions() if view.library == "transformers" else ())
-        if not attention.causal
-        and method.takes(attention.path)
+        for attention in (view.attentions() if is_encoder(view) else ())
+        if method.takes(attention.path)
         and not hasattr(view.module(attention.path), "attend")
         and not refusal(view, attention)
     ]

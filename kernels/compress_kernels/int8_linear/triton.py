@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compress_kernels.int8_linear.torch_path import FUNCTIONS
 from compress_kernels.packing import packed
 
 # Legend: R rows (tokens), K input features, N output features
@@ -27,11 +28,13 @@ def linear(
     input_factor: Tensor | None,
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
+    activation: int = 0,
 ) -> Tensor:
     """x [..., in] in its own dtype times int8 weight [out, in], as `plain` does it."""
     sum_N = packed(weight, lambda: weight.sum(1, dtype=torch.int32))
     rows = quantize(x.reshape(-1, x.shape[-1]), input_factor, input_scale, input_zero_point)
-    return multiply(*rows, weight, sum_N, weight_scale, bias, x.dtype).view(*x.shape[:-1], len(weight))
+    out = multiply(*rows, weight, sum_N, weight_scale, bias, x.dtype).view(*x.shape[:-1], len(weight))
+    return list(FUNCTIONS.values())[activation](out)
 
 
 def quantize(
