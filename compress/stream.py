@@ -179,7 +179,7 @@ class Seen:
         if kind in ("Mul", "Div") and len(above) == 1:
             return above
         leaves = [parent for parent in above if hasattr(parent, "variable")]
-        if kind == "Mul" and len(above) == 2 and len(leaves) == 1:
+        if kind == "Mul" and len(above) == 2 and len(leaves) == 1 and leaves[0].variable.dim() == 1:
             inner, name = next(p for p in above if p is not leaves[0]), self.names.get(id(leaves[0].variable), "?")
             if (path := self.made.get(inner)) is not None and path not in self.kinds:
                 found.gains.setdefault(name, set()).add(path)
