@@ -1,6 +1,6 @@
 """`python -m compress_kernels.weight_only_linear.bench`: weight_only_linear against dense layers and torch's products.
 
-Thread time of one thread, so run with OMP_NUM_THREADS=1. Where "codes" falls behind "dequantized", `FEW` of source.py
+Thread time of one thread, so run with OMP_NUM_THREADS=1. Where "ours" falls behind "dequantized", `FEW` of source.py
 belongs; where torch's packed product falls behind its dequantizing, `FEW` of cpu.py.
 """
 
@@ -16,7 +16,7 @@ from compress_kernels.weight_only_linear.reference import pack, reference
 from compress_kernels.weight_only_linear.source import FEW
 
 SHAPES = ((576, 1536), (1536, 576), (768, 3072))
-ROWS = (1, 4, FEW, FEW + 1, 32, 256)
+ROWS = (1, 2, 4, 16, 64, FEW, FEW + 1)
 
 
 @torch.inference_mode()
@@ -42,12 +42,11 @@ def contestants(rows: int, depth: int, width: int, bits: int, group: int) -> dic
     weight = torch.randn(width, depth, generator=generator)
     half, x_half = weight.bfloat16(), x.bfloat16()
     found = {
-        "codes (bf16 in)" if rows <= FEW else "dequantized (bf16 in)": lambda: weight_only_linear(x_half, *packed, *rest),
+        "ours (bf16 in)": lambda: weight_only_linear(x_half, *packed, *rest),
         "(fp32 in)": lambda: weight_only_linear(x, *packed, *rest),
-        "torch's dequantized": lambda: plain(x_half, *packed, *rest),
+        "dequantized": lambda: linear(x_half, *packed, *rest, library()),
+        "dequantized by torch": lambda: plain(x_half, *packed, *rest),
     }
-    if rows <= FEW:
-        found["dequantized"] = lambda: linear(x_half, *packed, *rest, library())
     if bits in (4, 8):
         found["torch's packed"] = lambda: few(x_half, *packed, bits)
     expected = reference(x_half, *packed, *rest)

@@ -1,11 +1,14 @@
-"""The C of weight_only_linear: products with few rows straight from the stored codes, and the weight as bf16 for many.
+"""The C of weight_only_linear: products straight from the stored codes.
 
-A row of x becomes 16-bit integers, kept as a high and a low signed byte, with one step a chunk of 64 inputs. A product
-of the codes, unpacked to unsigned bytes, with them is an exact sum in int32; scales come once a chunk, zero points once
-a row by the sums of x. So the layout on disk is read at the speed of the memory, and x loses less than in bf16.
+One or two rows of x are limited by reading the weight. Each becomes 16-bit integers, kept as a high and a low signed
+byte, with one step a chunk of 64 inputs. A product of the codes, unpacked to unsigned bytes, with them is an exact sum
+in int32; scales come once a chunk, zero points once a row by the sums of x. So the layout on disk is read at nearly the
+speed of the memory, and x loses less than in bf16. More rows are limited by arithmetic, which is in bf16.
 """
 
-FEW = 8  # rows up to which this beats dequantizing and torch's product (576x1536 and 1536x576)
+from compress_kernels.weight_only_linear.bf16_source import BFLOATS
+
+FEW = 256  # rows up to which this beats dequantizing and torch's product (576x1536, 1536x576; more were not tried)
 
 CODES = r"""
 #if !defined(__AVX512VBMI__) || !defined(__AVX512BF16__)
@@ -26,8 +29,9 @@ typedef struct {
     const uint8_t *words;
     const int32_t *zeros;
     void *out;
-    int8_t *codes;  // of x
+    int8_t *codes;  // of the one row of x
     float *steps, *sums;
+    uint16_t *halves;  // x in bf16
     int32_t *groups;  // of 16 units of 64 or 16 inputs each, counted from the first of the 16
     i64 R, K, N, G, C, stride, padded, full, rest, group, unit;
     int bits;
@@ -58,6 +62,12 @@ INLINE vf zeros(const Layer *l, i64 n, i64 g) {
     return _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32((1 << l->bits) - 1)));
 }
 
+INLINE vf input(const Layer *l, i64 r, i64 k) {
+    __mmask16 m = head16(l->K - k);
+    vf v = load(l->x, r * l->K + k, m);
+    return l->factor.data ? _mm512_mul_ps(v, load(l->factor, k, m)) : v;
+}
+
 INLINE vf scales(const Layer *l, i64 n, i64 g) {
     return load(l->scale, n * l->G + g, head16(l->G - g));
 }
@@ -76,28 +86,24 @@ INLINE vf unit_scales(const Layer *l, i64 n, i64 unit) {
 """
 
 PRODUCT = r"""
-// A row of x in chunks: high bytes, low bytes, a step for each; and the sums of the rounded x by group.
-static void quantize(const Layer *l, i64 r) {
-    int8_t *codes = l->codes + r * l->C * 128;
-    float *steps = l->steps + r * l->padded, *sums = l->sums + r * l->G;
+// The row of x in chunks: high bytes, low bytes, a step for each; and the sums of the rounded x by group.
+static void quantize(const Layer *l) {
     for (i64 c = 0; c < l->C; c++) {
         vf v[4], top = _mm512_setzero_ps(), poison = top;
         for (int i = 0; i < 4; i++) {
-            i64 k = c * 64 + i * 16;
-            v[i] = load(l->x, r * l->K + k, head16(l->K - k));
-            if (l->factor.data) v[i] = _mm512_mul_ps(v[i], load(l->factor, k, head16(l->K - k)));
+            v[i] = input(l, 0, c * 64 + i * 16);
             top = _mm512_max_ps(top, _mm512_abs_ps(v[i]));
             poison = _mm512_fmadd_ps(v[i], _mm512_setzero_ps(), poison);  // NaN where a value is NaN or infinite
         }
         float most = _mm512_reduce_max_ps(top), step = most > 1e-30f ? most / 32512 : 1;
-        steps[c] = step + _mm512_reduce_add_ps(poison);
+        l->steps[c] = step + _mm512_reduce_add_ps(poison);
         for (int i = 0; i < 4; i++) {
+            i64 k = c * 64 + i * 16;
             vi q = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(1 / step)));
             vi high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-            _mm_storeu_si128((__m128i *)(codes + c * 128 + i * 16), _mm512_cvtepi32_epi8(high));
-            _mm_storeu_si128((__m128i *)(codes + c * 128 + 64 + i * 16), _mm512_cvtepi32_epi8(q));
-            if (c * 64 + i * 16 < l->K)
-                sums[(uint32_t)(c * 64 + i * 16) / (uint32_t)l->group] += _mm512_reduce_add_epi32(q) * steps[c];
+            _mm_storeu_si128((__m128i *)(l->codes + c * 128 + i * 16), _mm512_cvtepi32_epi8(high));
+            _mm_storeu_si128((__m128i *)(l->codes + c * 128 + 64 + i * 16), _mm512_cvtepi32_epi8(q));
+            if (k < l->K) l->sums[(uint32_t)k / (uint32_t)l->group] += _mm512_reduce_add_epi32(q) * l->steps[c];
         }
     }
 }
@@ -116,128 +122,73 @@ INLINE __m128 sums4(const vf *v) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// 4 weight rows times a row of x, or a weight row times 4 rows of x. Groups are whole chunks, or multiples of 16.
-INLINE void tile(const Layer *l, i64 n, i64 r0, float *room, float *out, int rows, int bits, int whole_chunks) {
-    const int8_t *codes = l->codes + r0 * l->C * 128;
-    const float *steps = l->steps + r0 * l->padded, *sums = l->sums + r0 * l->G;
+// 4 weight rows times the row of x. A group is whole chunks, or a multiple of 16 inputs.
+INLINE void tile(const Layer *l, i64 n, float *room, float *out, int bits, int whole_chunks) {
     const vi fourfold = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    const int many = 4 / rows, size = 8 * (bits ? bits : l->bits);
+    const int size = 8 * (bits ? bits : l->bits);
     const uint8_t *words[4];
     vf acc[4], less[4];
     float *units[4];
-    for (int i = 0; i < 4; i++) acc[i] = less[i] = _mm512_setzero_ps();
-    for (int i = 0; i < many; i++) {
+    for (int i = 0; i < 4; i++) {
         i64 row = n + i < l->N ? n + i : l->N - 1;
         words[i] = l->words + row * l->stride;
         units[i] = room + i * 4 * l->padded;
+        acc[i] = less[i] = _mm512_setzero_ps();
         for (i64 g = 0; g < l->G; g += 16) {
             vf sz = _mm512_mul_ps(scales(l, row, g), zeros(l, row, g));
-            for (int r = 0; r < rows; r++)
-                less[i * rows + r] = _mm512_fmadd_ps(sz, _mm512_maskz_loadu_ps(head16(l->G - g), sums + r * l->G + g),
-                                                     less[i * rows + r]);
+            less[i] = _mm512_fmadd_ps(sz, _mm512_maskz_loadu_ps(head16(l->G - g), l->sums + g), less[i]);
         }
         for (i64 c = 0; c < l->C; c += 16)
             if (whole_chunks)
-                for (int r = 0; r < rows; r++)
-                    _mm512_storeu_ps(units[i] + r * l->padded + c,
-                                     _mm512_mul_ps(unit_scales(l, row, c), loadf(steps + r * l->padded + c)));
+                _mm512_storeu_ps(units[i] + c, _mm512_mul_ps(unit_scales(l, row, c), loadf(l->steps + c)));
             else
                 for (int j = 0; j < 64; j += 16)
                     _mm512_storeu_ps(units[i] + c * 4 + j, unit_scales(l, row, c * 4 + j));
     }
     for (i64 c = 0; c < l->C; c++)
-        for (int i = 0; i < many; i++) {
+        for (int i = 0; i < 4; i++) {
             vi u = unpack(l, words[i] + c * size, bits, __builtin_expect(c < l->full, 1) ? size : l->rest);
-            for (int r = 0; r < rows; r++) {
-                vf t = _mm512_set1_ps(whole_chunks ? units[i][r * l->padded + c] : steps[r * l->padded + c]);
-                if (!whole_chunks)
-                    t = _mm512_mul_ps(t, _mm512_permutexvar_ps(fourfold, loadf(units[i] + c * 4)));
-                acc[i * rows + r] = _mm512_fmadd_ps(dot(u, codes + (r * l->C + c) * 128), t, acc[i * rows + r]);
-            }
+            vf t = _mm512_set1_ps(whole_chunks ? units[i][c] : l->steps[c]);
+            if (!whole_chunks) t = _mm512_mul_ps(t, _mm512_permutexvar_ps(fourfold, loadf(units[i] + c * 4)));
+            acc[i] = _mm512_fmadd_ps(dot(u, l->codes + c * 128), t, acc[i]);
         }
     for (int i = 0; i < 4; i++) acc[i] = _mm512_sub_ps(acc[i], less[i]);
-    float sum[4];
-    _mm_storeu_ps(sum, sums4(acc));
-    for (int i = 0; i < 4; i++) out[rows == 1 ? i : i * 16] = sum[i];
+    _mm_storeu_ps(out, sums4(acc));
 }
 
-#define TILES(ROWS, BITS, WHOLE) \
-    for (int i = 0; i < 16 && n + i < l->N; i += 4 / ROWS) tile(l, n + i, r, room, out + i, ROWS, BITS, WHOLE);
-#define WIDTHS(ROWS, WHOLE) \
-    if (l->bits == 4) { TILES(ROWS, 4, WHOLE) } \
-    else if (l->bits == 8) { TILES(ROWS, 8, WHOLE) } \
-    else { TILES(ROWS, 0, WHOLE) }
+#define WIDTHS(DO, ...) \
+    if (l->bits == 4) DO(__VA_ARGS__, 4); else if (l->bits == 8) DO(__VA_ARGS__, 8); else DO(__VA_ARGS__, 0)
+#define WHOLE(l, n, room, out, bits) tile(l, n, room, out, bits, 1)
+#define PARTS(l, n, room, out, bits) tile(l, n, room, out, bits, 0)
 
-// 16 outputs of 1 or 4 rows.
-static void tiles(const Layer *l, i64 n, i64 r, float *room, float *out, int rows) {
-    if (rows == 1) { if (l->unit == 64) { WIDTHS(1, 1) } else { WIDTHS(1, 0) } }
-    else { if (l->unit == 64) { WIDTHS(4, 1) } else { WIDTHS(4, 0) } }
+static void write(const Layer *l, i64 r, i64 n, const float *values) {
+    __mmask16 m = head16(l->N - n);
+    vf bias = l->bias.data ? load(l->bias, n, m) : _mm512_setzero_ps();
+    store(l->out, l->x.half, r * l->N + n, _mm512_add_ps(loadf(values), bias), m);
 }
 
 static void outputs(i64 begin, i64 end, void *job) {
     const Layer *l = job;
-    float room[16 * l->padded], out[64];
+    float room[16 * l->padded], out[16];
     for (i64 n = begin * 16; n < end * 16; n += 16) {
-        __mmask16 m = head16(l->N - n);
-        vf bias = l->bias.data ? load(l->bias, n, m) : _mm512_setzero_ps();
-        for (i64 r = 0, rows; r < l->R; r += rows) {
-            rows = l->R - r > 1 ? 4 : 1;
-            tiles(l, n, r, room, out, rows);
-            for (i64 i = r; i < r + rows && i < l->R; i++)
-                store(l->out, l->x.half, i * l->N + n, _mm512_add_ps(loadf(out + (i - r) * 16), bias), m);
-        }
+        for (int i = 0; i < 16 && n + i < l->N; i += 4)
+            if (l->unit == 64) { WIDTHS(WHOLE, l, n + i, room, out + i); }
+            else { WIDTHS(PARTS, l, n + i, room, out + i); }
+        write(l, 0, n, out);
     }
 }
 
-// All rows of x; they are few, so every weight is unpacked once for 4 of them.
-static void few(Layer *l) {
-    i64 C = l->C, G = l->G, P = l->padded, R = l->R % 4 > 1 ? (l->R + 3) / 4 * 4 : l->R;
-    l->codes = aligned_alloc(64, (R * (C * 128 + (P + G) * 4) + 4 * P * 4 + 63) / 64 * 64);
-    l->steps = (float *)(l->codes + R * C * 128), l->sums = l->steps + R * P;
-    l->groups = (int32_t *)(l->sums + R * G);
+static void one_row(Layer *l) {
+    i64 C = l->C, G = l->G, P = l->padded;
+    l->codes = aligned_alloc(64, (C * 128 + (P + G) * 4 + 4 * P * 4 + 63) / 64 * 64);
+    l->steps = (float *)(l->codes + C * 128), l->sums = l->steps + P;
+    l->groups = (int32_t *)(l->sums + G);
     l->unit = l->group % 64 ? 16 : 64;
     prepare(l, l->unit == 64 ? P : 4 * P);
-    memset(l->codes + l->R * C * 128, 0, (R - l->R) * C * 128);
-    memset(l->steps, 0, R * (P + G) * 4);
-    for (i64 r = 0; r < l->R; r++) quantize(l, r);
-    spread(parts(l->N, 16), 16 * l->K * l->R, outputs, l);
+    memset(l->steps, 0, (P + G) * 4);
+    quantize(l);
+    spread(parts(l->N, 16), 16 * l->K, outputs, l);
     free(l->codes);
-}
-"""
-
-DEQUANTIZE = r"""
-INLINE void dequantize_row(const Layer *l, i64 n, float *scale, float *zero, uint16_t *out, int bits) {
-    const int size = 8 * (bits ? bits : l->bits);
-    for (i64 c = 0; c < l->C; c++) {
-        if (c % 4 == 0) {  // 16 units of 16 inputs
-            _mm512_storeu_ps(scale, unit_scales(l, n, c * 4));
-            _mm512_storeu_ps(zero, _mm512_permutexvar_ps(loadi(l->groups + c * 4), zeros(l, n, base(l, c * 4))));
-        }
-        int inside = c < l->full;
-        vi u = unpack(l, l->words + n * l->stride + c * size, bits, inside ? size : l->rest);
-        vf v[4];
-        for (int i = 0; i < 4; i++) {
-            v[i] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(u)));
-            v[i] = _mm512_sub_ps(v[i], _mm512_set1_ps(zero[c % 4 * 4 + i]));
-            v[i] = _mm512_mul_ps(v[i], _mm512_set1_ps(scale[c % 4 * 4 + i]));
-            u = _mm512_alignr_epi32(u, u, 4);
-        }
-        uint16_t *to = out + n * l->K + c * 64;
-        if (inside) {
-            _mm512_storeu_si512(to, (vi)_mm512_cvtne2ps_pbh(v[1], v[0]));
-            _mm512_storeu_si512(to + 32, (vi)_mm512_cvtne2ps_pbh(v[3], v[2]));
-        } else
-            for (int i = 0; i < 4; i++) store(to, 1, i * 16, v[i], head16(l->K - c * 64 - i * 16));
-    }
-}
-
-static void weights(i64 begin, i64 end, void *job) {
-    const Layer *l = job;
-    float scale[16], zero[16];
-    for (i64 n = begin; n < end; n++)
-        if (l->bits == 4) dequantize_row(l, n, scale, zero, l->out, 4);
-        else if (l->bits == 8) dequantize_row(l, n, scale, zero, l->out, 8);
-        else dequantize_row(l, n, scale, zero, l->out, 0);
 }
 """
 
@@ -282,7 +233,13 @@ static void operator(Value *stack, uint64_t inputs, uint64_t outputs) {
     shape[dims - 1] = l.N;
     Tensor out = empty(dims, shape, l.x.half);
     l.words = address(words), l.zeros = address(zeros), l.out = address(out);
-    few(&l);
+    if (l.R > 2) some_rows(&l);
+    else for (i64 r = 0; r < l.R; r++) {
+        Layer row = l;
+        row.x.data = (char *)l.x.data + r * l.K * (l.x.half ? 2 : 4);
+        row.out = (char *)l.out + r * l.N * (l.x.half ? 2 : 4);
+        one_row(&row);
+    }
     release(stack, 3, 3);
     stack[0] = (Value)out;
 }
@@ -290,4 +247,4 @@ static void operator(Value *stack, uint64_t inputs, uint64_t outputs) {
 int32_t install(const char *name) { return implement(name, operator); }
 """
 
-SOURCE = f"#define FEW_ROWS {FEW}\n" + CODES + PRODUCT + DEQUANTIZE + CALLS
+SOURCE = f"#define FEW_ROWS {FEW}\n" + CODES + PRODUCT + BFLOATS + CALLS
