@@ -43,8 +43,9 @@ def planned(method: Mixed, layers: dict[str, nn.Module], make: Make) -> dict[str
     }
     weights, budget = weighed(method, layers, settings, dict.fromkeys(layers, 1), make, measure=False)
     problem = Problem.of(units(layers), list(method.choices), guess, weights, budget)
-    check(method, problem)
-    return edits(settings, problem.by_path(problem.solve(problem.budget)))
+    if not method.latency:  # which was guessed
+        check(method, problem)
+    return edits(settings, problem.by_path(problem.solve(max(budget, problem.smallest()))))
 
 
 def check(method: Mixed, problem: Problem) -> None:
@@ -157,10 +158,12 @@ def apart(batches: list[dict]) -> tuple[list[dict], list[dict]]:
 def remark(told: dict) -> str:
     """The outcome in one line."""
     counts = ", ".join(f"{number} {name}" for name, number in Counter(told["choices"].values()).most_common())
-    losses = ", ".join(
-        f"{name} {point['measured']:.3g} (predicted {point['predicted']:.3g}) at {human(point['weight'], told['unit'])}"
-        for name, point in told["points"].items()
-    )
+
+    def loss(point: dict) -> str:  # relevance foretells an order, no loss
+        foretold = "" if told["by"] == "lrp" else f" (predicted {point['predicted']:.3g})"
+        return f"{point['measured']:.3g}{foretold} at {human(point['weight'], told['unit'])}"
+
+    losses = ", ".join(f"{name} {loss(point)}" for name, point in told["points"].items())
     return (
         f"{told['average']:.3g} bits a weight on average with scales ({counts}); loss on {told['data']}: {losses}; "
         f"taken: {told['taken']}"

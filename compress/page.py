@@ -111,11 +111,13 @@ def _allocation(step: dict) -> list[str]:
         name = told["choices"][path]
         hint = f"{path}: {name}, {bits:.3g} bits a weight with its scales"
         grid[role][int(number[0]) if number else 0] = (name.removeprefix("w").partition("g")[0][:3], bits / most, hint)
-    marks = {name: (point["weight"], point["measured"]) for name, point in told["points"].items()}
+    shown = "predicted" if told["by"] == "lrp" else "measured"  # relevance foretells an order, no loss
+    marks = {name: (point["weight"], point[shown]) for name, point in told["points"].items()}
     title = f"{step['use']}: predicted loss (by {told['by']}) of the best allocation for each budget"
+    dots = f"; dots: measured on {told['data']}" if shown == "measured" else ""
     return [
         cells(f"{step['use']}: bits of every layer, {told['average']:.3g} a weight on average", dict(grid)),
-        curve(f"{title}; dots: measured on {told['data']}", told["curve"], marks, told["unit"]),
+        curve(title + dots, told["curve"], marks, told["unit"]),
     ]
 
 

@@ -92,6 +92,11 @@ def test_latency_is_what_the_machine_says(monkeypatch):
     assert told["points"]["mixed"]["weight"] == 1.0 * len(plan.edits) + 4.0 * (len(told["choices"]) - len(plan.edits))
 
 
+def test_time_is_not_refused_before_it_is_measured():
+    plan = Mixed(latency=0.01, group=16, choices=("w8", "w4")).plan(View(MODELS["llama"]()[0].to("meta")))
+    assert {edit["bits"] for edit in plan.edits.values()} == {4}
+
+
 def test_times_are_measured_through_the_layers():
     from compress.budgets import seconds
     from compress.transforms.quantize.mixed import rounded
