@@ -69,10 +69,11 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     hessian = hessian + torch.diag((diagonal == 0).double() * mean)
     while True:
         damped = hessian + torch.diag(torch.full_like(diagonal, damp * mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # with rows and columns reversed, the inverse of the lower factor is the upper factor of the inverse
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(factor).all():
+            factor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False).flip(0, 1)
+            if torch.isfinite(factor).all():
                 return factor.float()
         damp = max(10 * damp, 1e-8)
 
