@@ -183,7 +183,7 @@ def test_a_layer_that_no_data_reaches_is_rounded_without():
 
     net = Idle(nn.Linear(32, 32), nn.Linear(32, 32))
     plan = applied(net, [{"x": torch.randn(64, 32)}], bits=4, group=16, solver="gptq")
-    assert {path: edit["solver"] for path, edit in plan.edits.items()} == {"0": "gptq", "1": "hqq"}
+    assert {path: edit["solver"] for path, edit in plan.edits.items()} == {"0": "gptq", "1": "rtn"}
     assert isinstance(net[1], WeightOnlyLinear)
 
 

@@ -6,11 +6,13 @@ to nearest and `hqq` fits scales to all but the largest errors, both without dat
 of inputs that carry much and moves the inverse into the layer before, `gptq` rounds input by input and lets the others
 make up for what was lost, and `signround` goes on from there with gradients through a whole block. Each block is
 calibrated on what the blocks before it give when rounded. `auto` takes awq's factors and, layer by layer, the solver
-with the least error of the outputs on a part of the data set apart; without data it is hqq.
+with the least error of the outputs on a part of the data set apart; without data it is rtn. On SmolLM2-135M 4 bits in
+groups of 64 cost 30 percent of perplexity by rtn and 11 by auto, calibrated on 4096 tokens.
 
 When it hurts: many tokens at once are slower than in bf16, because weights are unpacked first. quantize.int8 is the
-faster choice for encoders and denoisers. Below a billion parameters 3 bits cost much and 2 bits nearly everything.
-Calibration text unlike the text in use makes gptq worse than its figures. signround takes many times as long as gptq.
+faster choice for encoders and denoisers. Below a billion parameters 3 bits cost much. What solvers find fits the data
+that they saw, and with fewer than four batches auto judges them by the same data. signround takes many times as long
+as gptq. hqq beat rtn on a sentence encoder at 3 bits and lost to it on SmolLM2.
 Up to some fifty tokens the products run in bf16 also when the model is float32.
 
 Papers: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
@@ -63,7 +65,7 @@ class WeightOnly(Transform):
     def plan(self, view: View) -> Plan:
         taken, refused = takeable(view, self, "quantize.weight_only")
         wanted = (0 if self.bits == 8 else 64) if self.group is None else self.group
-        solver = "rtn" if self.solver == "rtn" else "hqq"  # what does without data, also for a layer that sees none
+        solver = "hqq" if self.solver == "hqq" else "rtn"  # what does without data, also for a layer that sees none
         edits, smaller = {}, {}
         for path, module in taken.items():
             width = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
