@@ -17,19 +17,21 @@ def clip_softmax(share: Tensor, gamma: float | Tensor, zeta: float | Tensor) -> 
 
 
 class ClippedSoftmax(nn.Module):
-    """A core whose shares below about alpha / keys are exactly zero; at alpha 0 and zeta 1 it is the softmax.
+    """A core whose shares below about alpha / length are exactly zero; at alpha 0 and zeta 1 it is the softmax.
 
-    Both are saved as a tensor, so that no format without room for it can take the model for an ordinary one.
+    Without a length that of each call counts. Both numbers are saved as a tensor, so that no format without room for
+    it can take the model for an ordinary one.
     """
 
-    def __init__(self, alpha: float, zeta: float, like: Tensor) -> None:
+    def __init__(self, alpha: float, zeta: float, length: int | None, like: Tensor) -> None:
         super().__init__()
+        self.length = length
         self.register_buffer("alpha_zeta", like.new_tensor([alpha, zeta]))
 
     def forward(self, module, query, key, value, mask, scale, causal, **kwargs) -> Tensor:
         share = probabilities(query, key, mask, scale, causal)
         alpha, zeta = self.alpha_zeta
-        share = clip_softmax(share, -alpha / key.shape[2], zeta)
+        share = clip_softmax(share, -alpha / (self.length or key.shape[2]), zeta)
         return share @ value.repeat_interleave(query.shape[1] // value.shape[1], 1)
 
 

@@ -38,7 +38,7 @@ def test_with_gamma_0_and_zeta_1_the_clipped_softmax_is_the_softmax_to_the_bit(s
     share = noise(2, 3, 5, 5, seed=seed).softmax(-1)
     assert torch.equal(clip_softmax(share, 0.0, 1.0), share)
     query, key, value = (noise(2, 4, 7, 8, seed=seed + i) for i in range(3))
-    out = ClippedSoftmax(0.0, 1.0, value)(None, query, key, value, None, None, False)
+    out = ClippedSoftmax(0.0, 1.0, None, value)(None, query, key, value, None, None, False)
     assert torch.equal(out, probabilities(query, key) @ value)
 
 
@@ -71,7 +71,7 @@ def test_the_clipped_softmax_against_its_formula_in_float64():
     share = share / share.sum(-1, keepdim=True)
     expected = ((1.02 + 3 / 6) * share - 3 / 6).clamp(0, 1) @ value
     assert torch.allclose(
-        ClippedSoftmax(3.0, 1.02, value)(None, query, key, value, None, None, False), expected, atol=1e-12
+        ClippedSoftmax(3.0, 1.02, None, value)(None, query, key, value, None, None, False), expected, atol=1e-12
     )
 
 

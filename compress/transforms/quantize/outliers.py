@@ -37,10 +37,10 @@ class Outliers(Transform):
     example: ClassVar[dict] = {"steps": 2}
 
     by: Literal["gate", "clip"] = Field("gate", description="what lets a head do nothing")
-    alpha: float = Field(4.0, ge=0, description="of clip: shares below about alpha / keys become zero")
+    alpha: float = Field(4.0, ge=0, description="of clip: shares below about alpha / longest sequence become zero")
     zeta: float = Field(1.0, ge=1, description="of clip: upper end of the stretch")
     steps: int = Field(200, ge=1, description="of the distillation")
-    strength: float = Field(0.1, ge=0, description="of the kurtosis in the loss")
+    strength: float = Field(0.02, ge=0, description="of the kurtosis in the loss")
     error: float = Field(0.1, gt=0, description="how far the answers may move, relative, on data held out")
 
     def plan(self, view: View) -> Plan:
@@ -56,7 +56,8 @@ class Outliers(Transform):
             elif self.by == "gate":
                 edits[attention.path] = {"heads": attention.heads, "dim": attention.head_dim}
             else:
-                edits[attention.path] = {"alpha": self.alpha, "zeta": self.zeta}
+                length = getattr(getattr(view.model, "config", None), "max_position_embeddings", None)
+                edits[attention.path] = {"alpha": self.alpha, "zeta": self.zeta, "length": length}
         return Plan(edits, notes={"refused": refused})
 
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
