@@ -9,11 +9,11 @@ calibrated on what the blocks before it give when rounded. `auto` takes awq's fa
 with the least error of the outputs on a part of the data set apart; without data it is rtn. On SmolLM2-135M 4 bits in
 groups of 64 cost 30 percent of perplexity by rtn and 11 by auto, calibrated on 4096 tokens.
 
-When it hurts: many tokens at once are slower than in bf16, because weights are unpacked first. quantize.int8 is the
+When it hurts: many tokens at once are no faster than in bf16, since weights are unpacked to it. quantize.int8 is the
 faster choice for encoders and denoisers. Below a billion parameters 3 bits cost much. What solvers find fits the data
 that they saw, and with fewer than four batches auto judges them by the same data. signround takes many times as long
 as gptq. hqq beat rtn on a sentence encoder at 3 bits and lost to it on SmolLM2.
-Up to some fifty tokens the products run in bf16 also when the model is float32.
+On a CPU the products run in bf16 also when the model is float32, but for one or two tokens, which lose less.
 
 Papers: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", ICLR 2023; Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
