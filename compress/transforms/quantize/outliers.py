@@ -9,9 +9,11 @@ did not fall, or the answers moved by more than `error`, weights and attention a
 notes tell the largest value and the kurtosis of every layer before and after, and the error of the answers.
 
 When it hurts: it is worth something only before activations are quantized with one scale for a whole tensor; scales per
-token hardly need it. Five times the weights are in memory while training. A clipped softmax needs all scores at
-once: no flash attention, memory grows with the square of the tokens; prefer the gate. Trained on few texts a model
-forgets what is not in them.
+token hardly need it. A short distillation does little: on MiniLM-L6 200 steps on 256 sentences brought the kurtosis
+from 21 to 17 and the largest value from 10.5 to 10.1, the answers moved by 7 percent on other sentences, and 8-bit
+activations with one scale a tensor were off by 15 percent in all, where 13 had been before. Five times the weights are
+in memory while training. A clipped softmax needs all scores at once: no flash attention, memory grows with the square
+of the tokens; prefer the gate. Trained on few texts a model forgets what is not in them.
 
 Paper: Bondarenko, Nagel, Blankevoort, "Quantizable Transformers: Removing Outliers by Helping Attention Heads Do
 Nothing", NeurIPS 2023.

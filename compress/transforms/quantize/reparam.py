@@ -13,8 +13,10 @@ the channels); whether to reparametrize and how far to cut is measured on the ou
 `attention` also rounds queries, keys, values and the softmax's output, the latter evenly, or to powers of 2 or of its
 root, which keep small probabilities apart.
 
-When it hurts: always in speed. Four-bit activations ruin models with massive activations (DINOv2) in any setting. Cut
-channels that carry function destroy a model, therefore the measuring.
+When it hurts: always in speed. With scales per token DINOv2-S lost nothing measurable at W6A6 and W4A8 (280 photos of
+14 fruits: more of them right than before, 95 and 91 percent of the answers the same), but activations of four bits ruin
+a model with massive activations in any setting, and one scale a layer costs more than one a token. Cut channels that
+carry function destroy a model, therefore the measuring.
 
 Papers: Li, Xiao, Yang, Gu, "RepQ-ViT: Scale Reparameterization for Post-Training Quantization of Vision Transformers",
 ICCV 2023; Ranjan, Savakis, "LRP-QViT: Mixed-Precision Vision Transformer Quantization via Layer-wise Relevance
