@@ -263,6 +263,16 @@ def test_any_leading_dimensions_and_strides():
         assert relative_error(got, reference(x, *weight)) < 5e-3
 
 
+@pytest.mark.parametrize("count", [1, 4, 300])
+def test_tensors_of_several_types_and_strides(count):
+    words, scale, zeros, bias, factor, bits = layer(4, 64, 16, 32, 0, True, True)
+    x = rows(count, 64).bfloat16()
+    expected = reference(x, words, scale, zeros, bias, factor, bits)
+    strided = [tensor.t().contiguous().t() for tensor in (words, scale, zeros)]
+    for packed in ((words, scale.bfloat16(), zeros), (words, scale, zeros), strided):
+        assert relative_error(weight_only_linear(x, *packed, bias, factor, bits), expected) < 8e-3
+
+
 def test_no_rows():
     assert weight_only_linear(torch.empty(2, 0, 64), *layer(4, 64, 16, 32)).shape == (2, 0, 16)
 

@@ -46,7 +46,8 @@ def in_bf16(
     """The weight [out, in] written by the C kernel; None where it does not know the kind."""
     (width, groups), half = scale.shape, scale.dtype == torch.bfloat16
     out = scale.new_empty(width, columns, dtype=torch.bfloat16)
-    places = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in (words, scale, zeros, out)]
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in (words, scale, zeros, out)]
+    places = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     sizes = [ctypes.c_int64(size) for size in (columns, width, groups)]
     known = library.weight_only_dequantize(*places[:2], ctypes.c_int64(half), *places[2:], *sizes, bits)
     return out if known else None
@@ -56,7 +57,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor | No
     """x in bf16 times a bf16 weight."""
     half = (x if factor is None else x.float() * factor.float()).to(torch.bfloat16)
     if x.dtype == torch.bfloat16:
-        return F.linear(half, weight, bias)
+        return F.linear(half, weight, None if bias is None else bias.to(torch.bfloat16))
     out = F.linear(half, weight).to(x.dtype)
     return out if bias is None else out.add_(bias)
 
