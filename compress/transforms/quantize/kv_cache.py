@@ -8,10 +8,11 @@ smaller. Plain `generate` uses it: each attention puts its own layer into the dy
 a cache of 2048 tokens stand in the report; with calibration data also what reading the codes costs, because perplexity
 on whole texts never reads a cache and does not change.
 
-When it hurts: each step makes the dense keys and values of one layer again, so a step is slower, not faster, and short
-contexts only lose. Scales take memory too, more for narrow heads. 2 bits cost small models much; 8 are nearly free.
-Static caches (and with them compiled generation), continuous batching and caches of windows or states are refused.
-Tokens can be taken back (assisted generation) only as far as the window reaches.
+When it hurts: each step makes the dense keys and values of one layer again, so a step is slower, not faster (1.3 to
+1.5 times at 2048 tokens of SmolLM2-135M on a CPU), and short contexts only lose. Scales take memory too, more for
+narrow heads. Of that model's perplexity 8 bits cost nothing, 4 bits half a percent, 2 bits 16 percent. Static caches
+(and with them compiled generation), continuous batching and caches of windows or states are refused. Tokens can be
+taken back (assisted generation) only as far as the window reaches.
 
 Papers: Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", ICML 2024; Xiao et al.,
 "Efficient Streaming Language Models with Attention Sinks", ICLR 2024.
