@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress_kernels.int8_linear.torch_path import plain
-from compress_kernels.weight_only_linear.reference import pack
+from compress_kernels.weight_only_linear.reference import pack, pack_zeros, reference
 
 pytest.importorskip("triton")
 
@@ -79,24 +79,24 @@ def test_all_codes_at_their_limits_do_not_saturate(kernel):
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_weight_only_linear(kernel, monkeypatch, bits, rows, depth, width, groups, asymmetric):
     triton = kernel("weight_only_linear")
-    poisoned(monkeypatch)
     half = 1 << bits - 1
-    codes = torch.randint(-half, half, (width, depth), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    scale, bias = random(width, groups, seed=1), random(width, seed=2)
-    zero = torch.randint(-half, half, (width, groups), generator=torch.Generator().manual_seed(3)).to(torch.int8)
+    draw = torch.Generator().manual_seed(0)
+    words = pack(torch.randint(-half, half, (width, depth), generator=draw).to(torch.int8), bits)
+    zeros = pack_zeros(torch.randint(-half, half, (width, groups), generator=draw).to(torch.int8), bits)
+    scale, bias, factor = random(width, groups, seed=1), random(width, seed=2), random(depth, seed=3).abs()
+    weight = words, scale, zeros if asymmetric else None, bias, factor if asymmetric else None, bits
     x = random(rows, depth, seed=4)
-    out = triton.linear(x, pack(codes, bits), scale, zero if asymmetric else None, bias, bits)
-    shifted = codes.double().unflatten(1, (groups, -1)) - (zero.double()[..., None] if asymmetric else 0)
-    weight = (shifted * scale.double()[..., None]).flatten(1)
-    expected = x.double() @ weight.T + bias.double()
+    expected = reference(x, *weight)
+    poisoned(monkeypatch)
+    out = triton.linear(x, *weight)
     assert ((out - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_weight_only_linear_in_half_precision(kernel):
     triton = kernel("weight_only_linear")
-    codes = torch.randint(-8, 8, (40, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    scale, x = random(40, 2, seed=1).half(), random(18, 64).half()
-    out = triton.linear(x, pack(codes, 4), scale, None, None, 4)
-    expected = x.double() @ (codes.double().unflatten(1, (2, -1)) * scale.double()[..., None]).flatten(1).T
-    assert out.dtype == torch.float16
+    words = pack(torch.randint(-8, 8, (40, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8), 4)
+    weight = words, random(40, 2, seed=1).half(), None, None, None, 4
+    x = random(3, 6, 64).half()
+    out, expected = triton.linear(x, *weight), reference(x, *weight)
+    assert out.dtype == torch.float16 and out.shape == expected.shape
     assert ((out - expected).norm() / expected.norm()) < 5e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -40,8 +41,20 @@ def _default(x: Tensor, *weight) -> Tensor:
 
 
 def _plain(x: Tensor, *weight) -> Tensor:
-    """What the C kernel leaves: many rows, and kinds that it does not know."""
-    return linear(x, *weight, library()) if x.device.type == "cpu" else plain(x, *weight)
+    """What the C kernel leaves: many rows, kinds that it does not know, and other devices."""
+    if x.device.type == "cpu":
+        return linear(x, *weight, library())
+    return (on_gpu() if x.is_cuda and x.numel() else plain)(x, *weight)
+
+
+@cache
+def on_gpu() -> Callable:
+    """The Triton kernels, where Triton is installed."""
+    try:
+        from compress_kernels.weight_only_linear.triton import linear
+    except ImportError:
+        return plain
+    return linear
 
 
 @cache

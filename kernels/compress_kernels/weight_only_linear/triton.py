@@ -1,23 +1,34 @@
 """weight_only_linear on a GPU: weights of 2 to 8 bits are unpacked in registers, for one row and for many.
 
 Imported only where Triton is installed. One row is a dot product a weight row, bound by reading the weight; more rows
-use the tensor cores on the dequantized tile. Zero points come unpacked, [out, groups] int8.
+use the tensor cores on the dequantized tile.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from compress_kernels.packing import packed
+from compress_kernels.weight_only_linear.reference import unpack_zeros
 
 # Legend: R rows (tokens), K input features, N output features, G groups
 
 
 def linear(
+    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bias: Tensor | None, factor: Tensor | None, bits: int
+) -> Tensor:
+    """x [..., in] in its own dtype times the packed weight."""
+    x_RK = (x if factor is None else x * factor.to(x.dtype)).reshape(-1, x.shape[-1])
+    zero_NG = None if zeros is None else packed(zeros, lambda: unpack_zeros(zeros, bits, len(words)).contiguous())
+    return multiply(x_RK, words, scale, zero_NG, bias, bits).view(*x.shape[:-1], len(words))
+
+
+def multiply(
     x_RK: Tensor, words: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, bias_N: Tensor | None, bits: int
 ) -> Tensor:
-    """x in its own dtype times the packed weight."""
+    """One row by dot products, more of them by tiles."""
     (rows, depth), (width, groups) = x_RK.shape, scale_NG.shape
     out = x_RK.new_empty(rows, width)
     group = depth // groups
