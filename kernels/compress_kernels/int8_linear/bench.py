@@ -8,28 +8,25 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from compress_kernels.int8_linear import int8_linear
+from compress_kernels import native
+from compress_kernels.int8_linear import accelerated, int8_linear, plain
 from compress_kernels.int8_linear.reference import reference
 from compress_kernels.timing import paired
 
-SHAPES = ((384, 1536), (1536, 384), (576, 1536), (768, 3072))
-ROWS = (1, 32, 1576)
+SHAPES = ((384, 384), (384, 1536), (1536, 384), (576, 1536), (768, 3072))
+ROWS = (1, 32, 128, 1576)
 
 
 @torch.inference_mode()
 def main() -> None:
     """A line per shape: microseconds of eager float32, then how many times faster the others are."""
-    columns = ("fp32 packed", "bf16 packed", "int8 (fp32 in)", "int8 (bf16 in)", "int8 / best stock")
-    print(f"{'in, out, rows':>18} {'fp32 us':>9}  " + "  ".join(columns))
+    print("C kernel" if accelerated() else f"no C kernel: {native.reason()}")
     for depth, width in SHAPES:
         for rows in ROWS:
             times = paired(contestants(rows, depth, width))
             base = times.pop("fp32")
-            packed, half, ours, ours_half = (base / value for value in times.values())
-            print(
-                f"{f'{depth}, {width}, {rows}':>18} {base * 1e6:9.0f} {packed:12.2f} {half:12.2f} {ours:15.2f} "
-                f"{ours_half:15.2f} {ours / max(packed, half, 1):18.2f}"
-            )
+            figures = "  ".join(f"{name} {base / value:5.2f}" for name, value in times.items())
+            print(f"{f'{depth}, {width}, {rows}':>16} {base * 1e6:8.0f} us  {figures}", flush=True)
 
 
 def contestants(rows: int, depth: int, width: int) -> dict:
@@ -39,17 +36,23 @@ def contestants(rows: int, depth: int, width: int) -> dict:
     codes = torch.randint(-127, 128, (width, depth), generator=generator).to(torch.int8)
     scale, bias = torch.rand(width, 1, generator=generator) * 4e-4, torch.randn(width, generator=generator)
     weight, half, half_bias = codes * scale, (codes * scale).bfloat16(), bias.bfloat16()
-    linear = torch.ops.mkldnn._linear_pointwise
+    linear, dynamic = torch.ops.mkldnn._linear_pointwise, torch.ops.quantized.linear_dynamic
     packed, packed_half = (torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in (weight, half))
+    per_channel = torch.quantize_per_channel(weight, scale.flatten(), torch.zeros(width), 0, torch.qint8)
+    stock = torch.ops.quantized.linear_prepack(per_channel, bias)
     x_half = x.bfloat16()
-    error = (int8_linear(x, codes, scale, bias) - reference(x, codes, scale, bias)).norm() / x.norm()
-    assert error < 1e-5, f"int8_linear is off by {error:.1e}"
+    expected = reference(x, codes, scale, bias)
+    for path in (int8_linear(x, codes, scale, bias), plain(x, codes, scale, bias, None, None, None)):
+        error = (path - expected).norm() / expected.norm()
+        assert error < 1e-5, f"int8_linear is off by {error:.1e}"
     return {
         "fp32": lambda: F.linear(x, weight, bias),
         "fp32 packed": lambda: linear(x, packed, bias, "none", [], ""),
         "bf16 packed": lambda: linear(x_half, packed_half, half_bias, "none", [], ""),
+        "torch.ao dynamic": lambda: dynamic(x, stock, True),
+        "int8 of torch's": lambda: plain(x, codes, scale, bias, None, None, None),
         "int8": lambda: int8_linear(x, codes, scale, bias),
-        "int8 bf16": lambda: int8_linear(x_half, codes, scale, half_bias),
+        "int8 (bf16)": lambda: int8_linear(x_half, codes, scale, half_bias),
     }
 
 
