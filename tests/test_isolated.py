@@ -168,7 +168,7 @@ def test_compressed_tensors_gives_exactly_our_weights_and_nearly_our_answers(use
     bare.run(code, tmp_path, tmp_path / "weights")
     weights = load_file(tmp_path / "weights")
     paths = [path for group in quantized(model).values() for path in group]
-    assert len(paths) == 15
+    assert len(paths) == (14 if use == "quantize.int8" else 15)  # which leaves the output head
     for path in paths:
         layer = model.get_submodule(path)
         ours = layer.dequantized() if use == "quantize.int8" else layer.weight

@@ -8,9 +8,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from compress_kernels import native, native_torch
-from compress_kernels.int8_linear import source
+from compress_kernels.int8_linear.source import SOURCE
 from compress_kernels.int8_linear.torch_path import FUNCTIONS, plain
+from compress_kernels.native import build
+from compress_kernels.native_torch import SOURCE as SHARED
 from compress_kernels.timing import trusted
 
 KINDS = tuple(FUNCTIONS)  # in the order of the C source
@@ -64,7 +65,7 @@ def on_gpu() -> Callable:
 @cache
 def accelerated() -> bool:
     """Build the C kernel and put it in the operator's place, if it gives the same bits as torch's path here."""
-    library = native.build(native_torch.SOURCE + source.SOURCE)
+    library = build(SHARED + SOURCE)
     if library is None or library.install(b"int8_linear_native"):
         return False
     generator = torch.Generator().manual_seed(0)
