@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ SUBJECTS = {  # recipe: (texts or photos to measure on, to calibrate the peers o
 def main(names: list[str]) -> int:
     """Measure these models, or all; what could not take part is told at the end."""
     torch.set_num_threads(1)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what is called compiled would run eagerly
     skipped = []
     for name in names or SUBJECTS:
         rows, left = speed(name, *SUBJECTS[name])
@@ -61,7 +61,6 @@ def speed(name: str, test: str, train: str) -> tuple[list[list[str]], list[str]]
         for key, time in turns.items():
             cells = [f"{1000 * time.seconds:.1f}", f"{time.ratio:.3f}", f"{time.spread:.3f}", f"{errors[key]:.4f}"]
             rows.append([name.removesuffix("-w8a8"), str(size), key, *cells, load()])
-    gc.collect()
     return rows, [f"{name}: {line}" for line in absent + skipped]
 
 

@@ -85,6 +85,17 @@ def torchao(model: nn.Module) -> Call:
     return compiled(model)
 
 
+class Positional(nn.Module):
+    """A model with positional arguments and one output, as a tracer wants it."""
+
+    def __init__(self, model: nn.Module, names: list[str]):
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, values, strict=True))).last_hidden_state
+
+
 def openvino(model: nn.Module, samples: list[dict]) -> Call:
     """NNCF's post-training quantization with its defaults for transformers, on OpenVINO with one thread."""
     try:
@@ -93,14 +104,7 @@ def openvino(model: nn.Module, samples: list[dict]) -> Call:
     except ImportError as error:
         raise Missing("pip install openvino nncf") from error
 
-    class Plain(nn.Module):
-        def forward(self, *values: Tensor) -> Tensor:
-            return self.inner(**dict(zip(samples[0], values, strict=True))).last_hidden_state
-
-    plain = Plain()
-    plain.inner = model
-    example = tuple(samples[0].values())
-    graph = openvino.convert_model(plain, example_input=example)
+    graph = openvino.convert_model(Positional(model, list(samples[0])), example_input=tuple(samples[0].values()))
     rows = [[value.numpy() for value in sample.values()] for sample in samples]
     graph = nncf.quantize(graph, nncf.Dataset(rows), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(rows))
     ready = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1})
