@@ -12,11 +12,14 @@ from torch import nn
 
 import compress_kernels.int8_linear as kernel
 from compress.nn.int8_linear import Int8Linear
-from compress.outputs import relative_error
+from compress.outputs import relative_error, run
+from compress.transforms.quantize.int8 import Int8
+from compress.view import View
 from compress_kernels.int8_linear import accelerated, int8_linear, plain
 from compress_kernels.int8_linear.reference import quantize_rows, reference
 from compress_kernels.int8_linear.torch_path import FUNCTIONS, integer_product
 from compress_kernels.timing import paired, trusted
+from models import MODELS
 
 SHAPES = [(1, 3, 5), (2, 1, 4), (3, 17, 1), (17, 63, 129), (63, 64, 32), (300, 33, 65), (2, 1537, 7), (97, 100, 200)]
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -297,6 +300,25 @@ def test_stays_one_opaque_operator_under_compile():
     """Inductor's freezing rewrites a visible `_int_mm` into s8 activations, hundreds of times slower."""
     layer_ = Int8Linear.from_linear(nn.Linear(16, 8), torch.rand(16) + 0.5)
     assert graph_of(layer_, rows(3, 16)) == ["compress.int8_linear.default"]
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+def test_a_whole_model_compiles_without_a_break(name):
+    model, batch = MODELS[name]()
+    view, method = View(model), Int8()
+    method.apply(view, method.plan(view))
+    layers = sum(isinstance(module, Int8Linear) for module in model.modules())
+    seen = []
+
+    def backend(graph, _):
+        seen.append(sum("int8_linear" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = run(torch.compile(model, backend=backend, fullgraph=True), batch)
+        assert torch.equal(got, run(model, batch)) and seen == [layers] and layers > 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
