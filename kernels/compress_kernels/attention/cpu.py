@@ -16,7 +16,6 @@ from compress_kernels.attention.source import SOURCE
 from compress_kernels.native import build
 
 LONGEST = 4096  # keys; the scores of a block of queries leave the second-level cache beyond
-FEWEST = 8  # queries; reading the keys is the work below, and packing them reads them twice
 
 
 class Strides(ctypes.Structure):
@@ -66,5 +65,5 @@ def attention(
 def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Is this a case that the C kernel takes, and takes faster?"""
     same = query.dtype == key.dtype == value.dtype and query.dtype in (torch.float32, torch.bfloat16)
-    sizes = query.dim() == 4 and query.shape[2] >= FEWEST and 0 < key.shape[2] <= LONGEST and query.numel() > 0
+    sizes = query.dim() == 4 and 0 < key.shape[2] <= LONGEST and query.numel() > 0
     return same and sizes and value.shape[-1] > 0 and (mask is None or mask.dim() == 4)

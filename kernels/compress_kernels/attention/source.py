@@ -174,9 +174,9 @@ static inline void turn(__m512 row[16]) {
     }
 }
 
-/* keys [keys, depth] -> panels of [depth, PANEL], zeros beyond the last key */
-static void pack_keys(const Call *call, int64_t at, float *panels) {
-    for (int64_t j = 0; j < up(call->keys, PANEL); j += 16)
+/* keys from start on, [PANEL, depth] -> [depth, PANEL], zeros beyond the last key */
+static void pack_keys(const Call *call, int64_t at, int64_t start, float *panel) {
+    for (int64_t j = start; j < start + PANEL; j += 16)
         for (int64_t d = 0; d < call->depth; d += 16) {
             int64_t deep = call->depth - d < 16 ? call->depth - d : 16;
             __m512 row[16];
@@ -185,13 +185,12 @@ static void pack_keys(const Call *call, int64_t at, float *panels) {
                 row[i] = j + i < call->keys ? load16(call->key, from, call->half, first(deep)) : _mm512_setzero_ps();
             }
             turn(row);
-            float *to = panels + j / PANEL * PANEL * call->depth + d * PANEL + j % PANEL;
-            for (int64_t i = 0; i < deep; i++) _mm512_storeu_ps(to + i * PANEL, row[i]);
+            for (int64_t i = 0; i < deep; i++) _mm512_storeu_ps(panel + (d + i) * PANEL + j - start, row[i]);
         }
 }
 
-static void pack_values(const Call *call, int64_t at, float *values, int64_t width) {
-    for (int64_t j = 0; j < call->keys; j++, values += width)
+static void pack_values(const Call *call, int64_t at, int64_t start, int64_t count, float *values, int64_t width) {
+    for (int64_t j = start; j < start + count; j++, values += width)
         for (int64_t d = 0; d < width; d += 16)
             _mm512_storeu_ps(values + d, load16(call->value, at + j * call->v.row + d, call->half,
                                                 first(call->value_depth - d)));
@@ -212,69 +211,110 @@ static void store_row(const Call *call, const float *from, float factor, int64_t
     }
 }
 
-static void block(const Call *call, int64_t b, int64_t h, int64_t start, int64_t rows,
-                  const float *panels, const float *values, float *scores, float *query, float *sums)
-{
-    int64_t width = up(call->value_depth, 16), padded = up(call->keys, PANEL), depth = call->depth;
-    /* Below the diagonal only: keys that no query of the block may see are not computed. */
-    int64_t behind = call->keys - call->queries;
-    int64_t reach = call->causal ? start + rows + behind : call->keys;
-    reach = reach < 0 ? 0 : reach > call->keys ? call->keys : reach;
-    float inverse[BLOCK];
-    for (int64_t i = 0; i < rows; i++) {
-        int64_t at = b * call->q.batch + h * call->q.head + (start + i) * call->q.row;
-        for (int64_t d = 0; d < depth; d++)
-            query[i * depth + d] = number(call->query, at + d, call->half) * call->scale;
-    }
-    for (int64_t j = 0; j < reach; j += PANEL) {
-        int wide = reach - j >= PANEL ? 4 : (int)(up(reach - j, 16) / 16);
-        product(query, depth, panels + j * depth, PANEL, scores + j, padded, rows, depth, wide, 0);
-    }
-    for (int64_t i = 0; i < rows; i++) {
-        int64_t visible = call->causal ? start + i + behind + 1 : call->keys;
-        int64_t at = b * call->m.batch + h * call->m.head + (start + i) * call->m.row;
-        const char *mask = (const char *)call->mask + (call->mask_kind == 2 ? 4 : 1) * at;
-        float *row = scores + i * padded;
-        int seen = reach > 0 && (visible >= reach && !call->mask_kind || hide(row, reach, visible, call, mask));
-        if (!seen) memset(row, 0, reach * sizeof(float));
-        inverse[i] = seen ? softmax(row, reach) : 0;
-    }
-    for (int64_t j = 0; j < reach || j == 0; j += CHUNK)
-        for (int64_t d = 0; d < width; d += 64) {
-            int wide = width - d >= 64 ? 4 : (int)(width - d) / 16;
-            int64_t deep = reach - j < CHUNK ? reach - j : CHUNK;
-            product(scores + j, padded, values + j * width + d, width, sums + d, width, rows, deep, wide, j > 0);
-        }
-    for (int64_t i = 0; i < rows; i++)
-        store_row(call, sums + i * width, inverse[i],
-                  ((b * call->queries + start + i) * call->heads + h) * call->value_depth);
+/* One head of keys and the queries of all heads that read it, in one row of queries. */
+typedef struct {
+    const Call *call;
+    int64_t b, kv, padded, width; /* keys and depth of a value, rounded up */
+    int once;                     /* keys and values are packed when a block needs them: there is only one */
+    float *panels, *values, *scores, *sums, *query;
+} Head;
+
+static inline int64_t head_of(const Head *h, int64_t row) { return h->kv * h->call->groups + row / h->call->queries; }
+
+/* How many keys this query may see at most, and its row of the mask. */
+static inline int64_t visible(const Head *h, int64_t row) {
+    const Call *call = h->call;
+    int64_t seen = call->causal ? row % call->queries + call->keys - call->queries + 1 : call->keys;
+    return seen < 0 ? 0 : seen;
+}
+static inline const char *mask_of(const Head *h, int64_t row) {
+    const Call *call = h->call;
+    int64_t at = h->b * call->m.batch + head_of(h, row) * call->m.head + row % call->queries * call->m.row;
+    return (const char *)call->mask + (call->mask_kind == 2 ? 4 : 1) * at;
 }
 
-/* One head of keys with the query heads that read it; 0, or 1 where memory is short. */
-static int head(const Call *call, int64_t b, int64_t kv, int64_t share, int64_t shares) {
-    int64_t padded = up(call->keys, PANEL), width = up(call->value_depth, 16);
-    int64_t size = padded * call->depth + call->keys * width + BLOCK * (padded + call->depth + width);
-    float *panels = aligned_alloc(64, up(size * sizeof(float), 64));
-    if (!panels) return 1;
-    float *values = panels + padded * call->depth, *scores = values + call->keys * width;
-    float *sums = scores + BLOCK * padded, *query = sums + BLOCK * width;
-    pack_keys(call, b * call->k.batch + kv * call->k.head, panels);
-    pack_values(call, b * call->v.batch + kv * call->v.head, values, width);
-    int64_t blocks = (call->queries + BLOCK - 1) / BLOCK;
-    for (int64_t i = share; i < blocks * call->groups; i += shares) {
-        int64_t start = i % blocks * BLOCK, rows = call->queries - start < BLOCK ? call->queries - start : BLOCK;
-        block(call, b, kv * call->groups + i / blocks, start, rows, panels, values, scores, query, sums);
+/* Without the last keys that these queries may not see: a cache that was made for later tokens ends in such. */
+static int64_t trimmed(const Head *h, int64_t start, int64_t rows, int64_t reach) {
+    const Call *call = h->call;
+    if (!call->mask_kind || !call->m_column) return reach;
+    for (; reach > 0; reach--)
+        for (int64_t i = start; i < start + rows; i++) {
+            const char *mask = mask_of(h, i);
+            if (call->mask_kind == 1 ? mask[reach - 1] : ((const float *)mask)[reach - 1] > -__builtin_inff())
+                return reach;
+        }
+    return 0;
+}
+
+static void block(const Head *h, int64_t start, int64_t rows) {
+    const Call *call = h->call;
+    int64_t depth = call->depth, padded = h->padded, width = h->width, reach = 0;
+    float inverse[BLOCK];
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t row = start + i, seen = visible(h, row);
+        int64_t at = h->b * call->q.batch + head_of(h, row) * call->q.head + row % call->queries * call->q.row;
+        for (int64_t d = 0; d < depth; d++)
+            h->query[i * depth + d] = number(call->query, at + d, call->half) * call->scale;
+        reach = seen > reach ? seen : reach;
     }
-    free(panels);
+    reach = trimmed(h, start, rows, reach);
+    for (int64_t j = 0; j < reach; j += PANEL) {
+        int wide = reach - j >= PANEL ? 4 : (int)(up(reach - j, 16) / 16);
+        float *panel = h->panels + (h->once ? 0 : j * depth);
+        if (h->once) pack_keys(call, h->b * call->k.batch + h->kv * call->k.head, j, panel);
+        product(h->query, depth, panel, PANEL, h->scores + j, padded, rows, depth, wide, 0);
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        float *row = h->scores + i * padded;
+        int64_t seen = visible(h, start + i);
+        int plain = seen >= reach && !call->mask_kind;
+        int left = reach > 0 && (plain || hide(row, reach, seen, call, mask_of(h, start + i)));
+        if (!left) memset(row, 0, reach * sizeof(float));
+        inverse[i] = left ? softmax(row, reach) : 0;
+    }
+    for (int64_t j = 0; j < reach || j == 0; j += CHUNK) {
+        int64_t deep = reach - j < CHUNK ? reach - j : CHUNK;
+        float *values = h->values + (h->once ? 0 : j * width);
+        if (h->once) pack_values(call, h->b * call->v.batch + h->kv * call->v.head, j, deep, values, width);
+        for (int64_t d = 0; d < width; d += 64) {
+            int wide = width - d >= 64 ? 4 : (int)(width - d) / 16;
+            product(h->scores + j, padded, values + d, width, h->sums + d, width, rows, deep, wide, j > 0);
+        }
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t row = start + i, query = row % call->queries;
+        store_row(call, h->sums + i * width, inverse[i],
+                  ((h->b * call->queries + query) * call->heads + head_of(h, row)) * call->value_depth);
+    }
+}
+
+/* A share of the blocks of one head; 0, or 1 where memory is short. */
+static int head(const Call *call, int64_t b, int64_t kv, int64_t share, int64_t shares) {
+    int64_t rows = call->groups * call->queries, blocks = (rows + BLOCK - 1) / BLOCK;
+    Head h = { call, b, kv, up(call->keys, PANEL), up(call->value_depth, 16), blocks == 1 };
+    int64_t keys = (h.once ? PANEL : h.padded) * call->depth, values = (h.once ? CHUNK : call->keys) * h.width;
+    int64_t size = keys + values + BLOCK * (h.padded + call->depth + h.width);
+    h.panels = aligned_alloc(64, up(size * sizeof(float), 64));
+    if (!h.panels) return 1;
+    h.values = h.panels + keys, h.scores = h.values + values;
+    h.sums = h.scores + BLOCK * h.padded, h.query = h.sums + BLOCK * h.width;
+    if (!h.once) {
+        for (int64_t j = 0; j < call->keys; j += PANEL)
+            pack_keys(call, b * call->k.batch + kv * call->k.head, j, h.panels + j * call->depth);
+        pack_values(call, b * call->v.batch + kv * call->v.head, 0, call->keys, h.values, h.width);
+    }
+    for (int64_t i = share; i < blocks; i += shares)
+        block(&h, i * BLOCK, rows - i * BLOCK < BLOCK ? rows - i * BLOCK : BLOCK);
+    free(h.panels);
     return 0;
 }
 
 int attention(const Call *call) {
     int64_t kv_heads = call->heads / call->groups, jobs = call->batch * kv_heads;
     /* Few heads are shared among threads; each packs the keys for itself. */
-    int64_t shares = jobs >= 8 ? 1 : call->queries * call->groups >= 4 * BLOCK ? 4 : 1;
+    int64_t shares = jobs >= 8 ? 1 : call->queries * call->groups >= 8 * BLOCK ? 4 : 1;
     int failed = 0;
-    #pragma omp parallel for schedule(dynamic) reduction(|:failed)
+    #pragma omp parallel for schedule(dynamic) reduction(|:failed) if (jobs * shares > 1)
     for (int64_t job = 0; job < jobs * shares; job++)
         failed |= head(call, job / shares / kv_heads, job / shares % kv_heads, job % shares, shares);
     return failed;
