@@ -58,11 +58,15 @@ class Int8(Transform):
     activations: Literal["dynamic", "static"] = Field("dynamic", description="a range per token, or one from the data")
     embeddings: bool = Field(False, description="also store embedding tables as int8 rows")
     head: bool = Field(False, description="also take the output head, and an embedding table tied to it")
-    fuse: bool = Field(True, description="in transformers' encoders leave softmax and activations to our kernels")
+    fuse: Literal["encoders", "all", "off"] = Field(
+        "encoders",
+        description="in which of transformers' models our kernels compute softmax and activations too, whatever `only` "
+        "names; a decoder loses the formats that others load by it",
+    )
 
     @property
     def uses_data(self) -> bool:
-        return self.smooth != "off" or self.solver != "rtn" or self.activations == "static" or self.fuse
+        return self.smooth != "off" or self.solver != "rtn" or self.activations == "static" or self.fuse != "off"
 
     @property
     def needs_data(self) -> bool:
@@ -77,7 +81,7 @@ class Int8(Transform):
         refused = {path: why for path, why in (refused | left).items() if path not in tied}
         remarks = [f"{one_of(tied, 9)} hold the same int8 rows"] if tied else []
         edits = {path: {"bits": 8} for path in taken | tied}
-        if edits and self.fuse:
+        if edits and self.fuses(view):
             edits |= {path: {"attention": True} for path in softmaxes(view, self)}
         return Plan(edits, notes={"refused": refused, "remarks": remarks})
 
@@ -90,13 +94,18 @@ class Int8(Transform):
         paths = [path for path in plan.edits if is_linear(view.module(path)) and not heads.get(path)]
         fitted = Fit(view, self.smooth, self.solver, self.activations == "static").run(paths, batches)
         edits = {path: edit | fitted.settings.get(path, {}) for path, edit in plan.edits.items()}
-        if self.fuse and is_encoder(view):
+        if self.fuses(view):
             for path, edit in find_activations(
                 view, set(paths), probe_inputs(view.model, batches[0], tokens=32)
             ).items():
                 edits[path] |= edit
         remarks = plan.notes["remarks"] + fitted.notes.pop("remarks", [])
         return Plan(edits, fitted.tensors, plan.notes | fitted.notes | {"remarks": remarks})
+
+    def fuses(self, view: View) -> bool:
+        """Are softmax and activations of this model ours to compute?"""
+        causal = any(attention.causal for attention in view.attentions())
+        return view.library == "transformers" and (self.fuse == "all" or self.fuse == "encoders" and not causal)
 
     def apply(self, view: View, plan: Plan) -> None:
         layers = {path: edit for path, edit in plan.edits.items() if "attention" not in edit}
@@ -125,17 +134,13 @@ def build(path: str, module: nn.Module, edit: dict, tensors: dict[str, Tensor]) 
     return Int8Linear(**fitted, bias=module.bias, transposed=nearest.transposed, activation=activation)
 
 
-def is_encoder(view: View) -> bool:
-    """Is nothing causal? Decoders are left in a form that every loader of their formats knows."""
-    return view.library == "transformers" and not any(attention.causal for attention in view.attentions())
-
-
 def softmaxes(view: View, method: Int8) -> list[str]:
     """The attentions whose softmax is ours to compute."""
+    spared = method.model_copy(update={"only": ()})
     return [
         attention.path
-        for attention in (view.attentions() if is_encoder(view) else ())
-        if method.takes(attention.path)
+        for attention in view.attentions()
+        if spared.takes(attention.path)
         and not hasattr(view.module(attention.path), "attend")
         and not refusal(view, attention)
     ]
