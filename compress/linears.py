@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import nn
@@ -15,18 +15,19 @@ from compress.view import View
 
 
 def takeable(
-    view: View, method: Transform, name: str, head: bool = True
+    view: View, method: Transform, name: str, head: bool = True, besides: Container[str] = ()
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The linear layers that `method` takes, and why others were left out; what the user named must be possible.
 
-    An output head that shares its weight with an embedding is never among them, the others only with `head`.
+    An output head that shares its weight with an embedding is never among them, the others only with `head`; of those
+    that the method takes `besides`, nothing is said.
     """
     attentions = {path for path, module in view.model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     sharing, heads = weight_owners(view), output_heads(view)
     taken, refused, stay = {}, {}, {}
     for path, module in (view.linears() | {path: view.module(path) for path in heads}).items():
         left = [other for other in sharing[id(module.weight)] if not method.takes(other)]
-        if not method.takes(path):
+        if not method.takes(path) or path in besides:
             continue
         if heads.get(path):
             stay[path] = f"an output head that shares its weight with {heads[path]}"
@@ -39,7 +40,7 @@ def takeable(
         else:
             check_finite(module.weight, path, name)
             taken[path] = module
-    if method.only and (refused or stay and not taken):
+    if method.only and (refused or stay and not taken and not besides):
         path, reason = next(iter((refused | stay).items()))
         raise CompressError(f"{name} cannot quantize {path}: {reason}")
     return taken, refused | stay

@@ -382,5 +382,7 @@ def test_a_head_stays_unless_it_is_asked_for():
     tied, _ = text("llama", tie_word_embeddings=True)
     with pytest.raises(CompressError, match="shares its weight with model.embed_tokens"):
         Int8(only=("lm_head",)).plan(View(tied))
+    plan = Int8(head=True, only=("lm_head", "model.embed_tokens")).plan(View(tied))
+    assert set(plan.edits) == {"lm_head", "model.embed_tokens"}
     plan = Int8(head=True, skip=("model.embed_tokens",)).plan(View(tied))
     assert plan.notes["refused"]["lm_head"] == "model.embed_tokens stays as it is"

@@ -73,12 +73,12 @@ class Int8(Transform):
         return self.smooth not in ("auto", "off") or self.solver == "gptq" or self.activations == "static"
 
     def plan(self, view: View) -> Plan:
-        taken, refused = takeable(view, self, "quantize.int8", self.head)
+        tied, left_tied = tied_heads(view, self) if self.head else ({}, {})
+        taken, refused = takeable(view, self, "quantize.int8", self.head, besides=tied)
         if self.embeddings:
             tables, left = embeddings(view, self)
             taken, refused = taken | tables, refused | left
-        tied, left = tied_heads(view, self) if self.head else ({}, {})
-        refused = {path: why for path, why in (refused | left).items() if path not in tied}
+        refused = {path: why for path, why in (refused | left_tied).items() if path not in tied}
         remarks = [f"{one_of(tied, 9)} hold the same int8 rows"] if tied else []
         edits = {path: {"bits": 8} for path in taken | tied}
         if edits and self.fuses(view):
