@@ -43,7 +43,7 @@ def bare(tmp_path_factory):
 def quick(warm, monkeypatch, tmp_path):
     """Verification in a fork of the warm process, and no cache of data outside of the test."""
     monkeypatch.setattr("subprocess.run", warm.verify)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path.with_name(f"{tmp_path.name}-home")))
     return warm
 
 

@@ -43,7 +43,7 @@ def test_every_package_of_the_tree_is_in_the_wheel():
 
 def test_every_import_is_declared_and_every_declaration_used():
     needed, extras = names(PROJECT["project"]["dependencies"]), PROJECT["project"]["optional-dependencies"]
-    optional = names(extras["data"] + extras["eval"] + extras["vllm"])
+    optional = names(extras["data"] + extras["eval"] + extras["gpu"] + extras["vllm"])
     used = imported()
     assert used <= needed | optional
     assert needed - used <= THROUGH_LIBRARIES

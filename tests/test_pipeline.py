@@ -306,8 +306,11 @@ def test_a_pipeline_records_no_more_than_the_recipe_needs(pipeline_folder, monke
         return [batch_of("dit")]
 
     monkeypatch.setattr("compress.data.record", record)
-    compress.compress(pipeline_folder, {"steps": TWO[1:]})
+    plain = {"use": "quantize.int8", "smooth": "off", "solver": "rtn", "fuse": "off"}
+    compress.compress(pipeline_folder, {"steps": [plain]})
     assert rows == [1, 1]
+    compress.compress(pipeline_folder, {"steps": TWO[1:]})
+    assert rows[2] > 1
 
 
 def test_looking_at_a_model_leaves_it_as_it_is():

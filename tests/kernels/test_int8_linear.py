@@ -322,11 +322,12 @@ def test_a_whole_model_compiles_without_a_break(name):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
-def test_freezing_leaves_the_operator(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.freezing", True)
+def test_freezing_leaves_the_operator():
+    from torch._inductor import config
+
     torch._dynamo.reset()
     layer_, x = Int8Linear.from_linear(nn.Linear(16, 8)).eval(), rows(3, 16)
-    with torch.no_grad():
+    with torch.no_grad(), config.patch(freezing=True):
         compiled = torch.compile(layer_, fullgraph=True)
         assert torch.equal(compiled(x), layer_(x))
         with torch.profiler.profile() as seen:

@@ -14,6 +14,7 @@ from torch import Tensor
 from compress_kernels.attention.reference import plain
 from compress_kernels.attention.source import SOURCE
 from compress_kernels.native import build
+from compress_kernels.native_torch import SOURCE as SHARED
 
 LONGEST = 4096  # keys; the scores of a block of queries leave the second-level cache beyond
 
@@ -22,13 +23,18 @@ class Strides(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "row")]
 
 
+class Floats(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("half", ctypes.c_int64)]
+
+
 class Call(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "out")),
+        *((name, Floats) for name in ("query", "key", "value")),
+        *((name, ctypes.c_void_p) for name in ("mask", "out")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "groups", "queries", "keys", "depth", "value_depth")),
         *((name, Strides) for name in ("q", "k", "v", "m")),
         ("m_column", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("half", "mask_kind", "causal")),
+        *((name, ctypes.c_int32) for name in ("mask_kind", "causal")),
         ("scale", ctypes.c_float),
     ]
 
@@ -37,7 +43,7 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, causal: bool
 ) -> Tensor:
     """softmax(query key^T scale + mask) value, [batch, heads, queries, depth]; grouped keys; masked rows give zeros."""
-    library = build(SOURCE) if suits(query, key, value, mask) else None
+    library = build(SHARED + SOURCE) if suits(query, key, value, mask) else None
     if library is None:
         return plain(query, key, value, mask, scale, causal)
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
@@ -52,10 +58,11 @@ def attention(
             mask = mask.contiguous()
         steps = mask.stride()
     call = Call(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if mask is None else mask.data_ptr(), out.data_ptr(),
+        *(Floats(tensor.data_ptr(), tensor.dtype == torch.bfloat16) for tensor in (query, key, value)),
+        0 if mask is None else mask.data_ptr(), out.data_ptr(),
         batch, heads, heads // kv_heads, queries, keys, depth, value.shape[-1],
         *(Strides(*tensor.stride()[:3]) for tensor in (query, key, value)), Strides(*steps[:3]), steps[3],
-        query.dtype == torch.bfloat16, kind, causal, depth**-0.5 if scale is None else scale,
+        kind, causal, depth**-0.5 if scale is None else scale,
     )  # fmt: skip
     if library.attention(ctypes.byref(call)):
         raise MemoryError("attention found no memory for its scratch space")

@@ -1,14 +1,7 @@
-"""The C source of attention: softmax(q k^T) v for a block of queries at a time, in AVX-512."""
+"""The C source of attention, on top of what our kernels share: softmax(q k^T) v for a block of queries at a time."""
 
 SOURCE = r"""
-#include <immintrin.h>
-#include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
-
-#ifndef __AVX512F__
-#error attention wants AVX-512
-#endif
 
 #define PANEL 64  /* keys of a panel: four registers */
 #define ROWS 6    /* rows of a tile: 6 x 4 accumulators */
@@ -18,33 +11,20 @@ SOURCE = r"""
 typedef struct { int64_t batch, head, row; } Strides;
 
 typedef struct {
-    const void *query, *key, *value, *mask;
+    Floats query, key, value;       /* all of one kind */
+    const void *mask;
     void *out;                      /* [batch, queries, heads, value_depth], contiguous */
     int64_t batch, heads, groups, queries, keys, depth, value_depth;
     Strides q, k, v;                /* in elements; the last dimension is contiguous */
     Strides m; int64_t m_column;    /* of the mask, 0 where it is broadcast */
-    int32_t half, mask_kind, causal; /* bf16 tensors; 0 none, 1 bool, 2 float32 */
+    int32_t mask_kind, causal;      /* 0 none, 1 bool, 2 float32 */
     float scale;
 } Call;
 
-static inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-static inline float number(const void *from, int64_t i, int half) {
-    if (!half) return ((const float *)from)[i];
-    union { uint32_t bits; float value; } word = { (uint32_t)((const uint16_t *)from)[i] << 16 };
-    return word.value;
-}
-
-static inline __m512 load16(const void *from, int64_t i, int half, __mmask16 inside) {
-    if (!half) return _mm512_maskz_loadu_ps(inside, (const float *)from + i);
-    __m256i words = _mm256_maskz_loadu_epi16(inside, (const uint16_t *)from + i);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
-}
-
-static inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+INLINE int64_t up(int64_t value, int64_t step) { return parts(value, step) * step; }
 
 /* c[rows, 16 * wide] = a[rows, depth] b[depth, 16 * wide] (+ c); rows and wide are constants where it is called */
-static inline __attribute__((always_inline)) void tile(
+INLINE void tile(
     const float *a, int64_t a_row, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t depth,
     const int rows, const int wide, int add)
 {
@@ -83,7 +63,7 @@ static void product(const float *a, int64_t a_row, const float *b, int64_t b_row
 }
 
 /* e^x for x <= 0 to two units in the last place; 0 below -104 */
-static inline __m512 exponential(__m512 x) {
+INLINE __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  /* the second operand where one is NaN */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
@@ -103,14 +83,14 @@ static int hide(float *scores, int64_t keys, int64_t visible, const Call *call, 
     const __m512 low = _mm512_set1_ps(-__builtin_inff());
     __mmask16 left = 0;
     for (int64_t j = 0; j < keys; j += 16) {
-        __mmask16 seen = first(visible - j);
+        __mmask16 seen = head16(visible - j);
         __m512 value = _mm512_loadu_ps(scores + j);
         if (call->mask_kind == 1) {
-            __m128i flags = call->m_column ? _mm_maskz_loadu_epi8(first(keys - j), mask + j) : _mm_set1_epi8(mask[0]);
+            __m128i flags = call->m_column ? _mm_maskz_loadu_epi8(head16(keys - j), mask + j) : _mm_set1_epi8(mask[0]);
             seen &= _mm_test_epi8_mask(flags, flags);
         } else if (call->mask_kind == 2) {
             const float *bias = (const float *)mask;
-            value = _mm512_add_ps(value, call->m_column ? _mm512_maskz_loadu_ps(first(keys - j), bias + j)
+            value = _mm512_add_ps(value, call->m_column ? _mm512_maskz_loadu_ps(head16(keys - j), bias + j)
                                                         : _mm512_set1_ps(bias[0]));
         }
         value = _mm512_mask_blend_ps(seen, low, value);
@@ -123,7 +103,7 @@ static int hide(float *scores, int64_t keys, int64_t visible, const Call *call, 
 /* Scores of one query -> their exponentials; returns the inverse of the sum. NaN in one score makes all NaN. */
 static float softmax(float *scores, int64_t keys) {
     __m512 high = _mm512_set1_ps(-__builtin_inff()), other = high, sum = _mm512_setzero_ps(), more = sum;
-    __mmask16 tail = first(keys % 16 ? keys % 16 : 16);
+    __mmask16 tail = head16(keys % 16 ? keys % 16 : 16);
     int64_t last = up(keys, 16) - 16, j;
     for (j = 0; j + 16 < last; j += 32) {
         high = _mm512_max_ps(_mm512_loadu_ps(scores + j), high);
@@ -149,66 +129,25 @@ static float softmax(float *scores, int64_t keys) {
     return 1.0f / _mm512_reduce_add_ps(_mm512_add_ps(sum, more));
 }
 
-/* Sixteen rows of sixteen, turned. */
-static inline void turn(__m512 row[16]) {
-    __m512 half[16];
-    for (int i = 0; i < 16; i += 2) {
-        half[i] = _mm512_unpacklo_ps(row[i], row[i + 1]);
-        half[i + 1] = _mm512_unpackhi_ps(row[i], row[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            __m512d low = _mm512_castps_pd(half[i + j]), high = _mm512_castps_pd(half[i + j + 2]);
-            row[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            row[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
-    for (int i = 0; i < 4; i++) {
-        half[i] = _mm512_shuffle_f32x4(row[i], row[i + 4], 0x88);
-        half[i + 4] = _mm512_shuffle_f32x4(row[i], row[i + 4], 0xdd);
-        half[i + 8] = _mm512_shuffle_f32x4(row[i + 8], row[i + 12], 0x88);
-        half[i + 12] = _mm512_shuffle_f32x4(row[i + 8], row[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        row[i] = _mm512_shuffle_f32x4(half[i], half[i + 8], 0x88);
-        row[i + 8] = _mm512_shuffle_f32x4(half[i], half[i + 8], 0xdd);
-    }
-}
-
 /* keys from start on, [PANEL, depth] -> [depth, PANEL], zeros beyond the last key */
 static void pack_keys(const Call *call, int64_t at, int64_t start, float *panel) {
     for (int64_t j = start; j < start + PANEL; j += 16)
         for (int64_t d = 0; d < call->depth; d += 16) {
             int64_t deep = call->depth - d < 16 ? call->depth - d : 16;
-            __m512 row[16];
+            __m512i row[16];
             for (int i = 0; i < 16; i++) {
-                int64_t from = at + (j + i) * call->k.row + d;
-                row[i] = j + i < call->keys ? load16(call->key, from, call->half, first(deep)) : _mm512_setzero_ps();
+                __mmask16 inside = j + i < call->keys ? head16(deep) : 0;
+                row[i] = _mm512_castps_si512(load(call->key, at + (j + i) * call->k.row + d, inside));
             }
-            turn(row);
-            for (int64_t i = 0; i < deep; i++) _mm512_storeu_ps(panel + (d + i) * PANEL + j - start, row[i]);
+            transpose(row);
+            for (int64_t i = 0; i < deep; i++) _mm512_storeu_si512(panel + (d + i) * PANEL + j - start, row[i]);
         }
 }
 
 static void pack_values(const Call *call, int64_t at, int64_t start, int64_t count, float *values, int64_t width) {
     for (int64_t j = start; j < start + count; j++, values += width)
         for (int64_t d = 0; d < width; d += 16)
-            _mm512_storeu_ps(values + d, load16(call->value, at + j * call->v.row + d, call->half,
-                                                first(call->value_depth - d)));
-}
-
-static void store_row(const Call *call, const float *from, float factor, int64_t at) {
-    for (int64_t d = 0; d < call->value_depth; d += 16) {
-        __mmask16 inside = first(call->value_depth - d);
-        __m512 value = _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(factor));
-        if (!call->half) { _mm512_mask_storeu_ps((float *)call->out + at + d, inside, value); continue; }
-        __m512i bits = _mm512_castps_si512(value);  /* to the nearest, ties to even; NaN stays NaN */
-        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-        rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q),
-                                        _mm512_set1_epi32(0x7fc00000));
-        __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-        _mm256_mask_storeu_epi16((uint16_t *)call->out + at + d, inside, words);
-    }
+            _mm512_storeu_ps(values + d, load(call->value, at + j * call->v.row + d, head16(call->value_depth - d)));
 }
 
 /* One head of keys and the queries of all heads that read it, in one row of queries. */
@@ -219,15 +158,15 @@ typedef struct {
     float *panels, *values, *scores, *sums, *query;
 } Head;
 
-static inline int64_t head_of(const Head *h, int64_t row) { return h->kv * h->call->groups + row / h->call->queries; }
+INLINE int64_t head_of(const Head *h, int64_t row) { return h->kv * h->call->groups + row / h->call->queries; }
 
 /* How many keys this query may see at most, and its row of the mask. */
-static inline int64_t visible(const Head *h, int64_t row) {
+INLINE int64_t visible(const Head *h, int64_t row) {
     const Call *call = h->call;
     int64_t seen = call->causal ? row % call->queries + call->keys - call->queries + 1 : call->keys;
     return seen < 0 ? 0 : seen;
 }
-static inline const char *mask_of(const Head *h, int64_t row) {
+INLINE const char *mask_of(const Head *h, int64_t row) {
     const Call *call = h->call;
     int64_t at = h->b * call->m.batch + head_of(h, row) * call->m.head + row % call->queries * call->m.row;
     return (const char *)call->mask + (call->mask_kind == 2 ? 4 : 1) * at;
@@ -253,8 +192,11 @@ static void block(const Head *h, int64_t start, int64_t rows) {
     for (int64_t i = 0; i < rows; i++) {
         int64_t row = start + i, seen = visible(h, row);
         int64_t at = h->b * call->q.batch + head_of(h, row) * call->q.head + row % call->queries * call->q.row;
-        for (int64_t d = 0; d < depth; d++)
-            h->query[i * depth + d] = number(call->query, at + d, call->half) * call->scale;
+        for (int64_t d = 0; d < depth; d += 16) {
+            __mmask16 inside = head16(depth - d);
+            __m512 value = _mm512_mul_ps(load(call->query, at + d, inside), _mm512_set1_ps(call->scale));
+            _mm512_mask_storeu_ps(h->query + i * depth + d, inside, value);
+        }
         reach = seen > reach ? seen : reach;
     }
     reach = trimmed(h, start, rows, reach);
@@ -283,8 +225,11 @@ static void block(const Head *h, int64_t start, int64_t rows) {
     }
     for (int64_t i = 0; i < rows; i++) {
         int64_t row = start + i, query = row % call->queries;
-        store_row(call, h->sums + i * width, inverse[i],
-                  ((h->b * call->queries + query) * call->heads + head_of(h, row)) * call->value_depth);
+        int64_t at = ((h->b * call->queries + query) * call->heads + head_of(h, row)) * call->value_depth;
+        for (int64_t d = 0; d < call->value_depth; d += 16) {
+            __m512 value = _mm512_mul_ps(_mm512_loadu_ps(h->sums + i * width + d), _mm512_set1_ps(inverse[i]));
+            store(call->out, call->query.half, at + d, value, head16(call->value_depth - d));
+        }
     }
 }
 
