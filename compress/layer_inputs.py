@@ -15,6 +15,7 @@ from compress.view import View
 
 MEMORY = 2**31  # bytes that one pass over the data may gather
 ROWS = 8192  # that the second moments are made of, but at least eight for each channel
+LONGEST = 3.0  # times the median length, of rows in the moments
 SAMPLE = 1024  # rows that are kept, to judge by what the moments have not seen
 
 
@@ -53,7 +54,7 @@ class Gathering:
         kept = -(-(self.count + len(order)) // self.step) + -self.count // self.step
         self.count += len(order)
         self.rows.append(x[order[:kept]])
-        others = x[order[kept:]]
+        others = quieted(x[order[kept:]])
         self.moments = others.t() @ others if first else self.moments.addmm_(others.t(), others)
 
     def inputs(self, path: str) -> Inputs:
@@ -61,6 +62,13 @@ class Gathering:
         if not (torch.isfinite(self.low).all() and torch.isfinite(self.high).all()):
             raise CompressError(f"{path}: its inputs on the calibration data are not finite, they must be")
         return Inputs(self.low, self.high, self.moments, torch.cat(self.rows))
+
+
+def quieted(rows: Tensor) -> Tensor:
+    """The rows, of which none is longer than three of the usual ones: first tokens of decoders outweigh all others."""
+    length = rows.norm(dim=1, keepdim=True)
+    usual = length[length > 0]
+    return rows * (LONGEST * usual.median() / length).clamp(max=1) if len(usual) else rows
 
 
 @torch.no_grad()

@@ -302,6 +302,15 @@ def test_padding_does_not_count():
     assert len(layer_inputs.real(x.flatten(0, 1), mask)) == 12
 
 
+def test_rows_far_longer_than_most_do_not_rule_the_moments():
+    rows = noise(20, 6)
+    rows[4] *= 1000
+    rows[7] = 0
+    quiet = layer_inputs.quieted(rows)
+    assert quiet[4].norm() < 4 * rows.norm(dim=1).median() and torch.equal(quiet[8:], rows[8:])
+    assert torch.equal(layer_inputs.quieted(rows[7:8]), rows[7:8]) and len(layer_inputs.quieted(rows[:0])) == 0
+
+
 class Odd(nn.Module):
     """Layers of one column, of one row, with dead inputs, dead outputs, one that never runs and two of one weight."""
 
