@@ -60,8 +60,8 @@ class Int8(Transform):
     head: bool = Field(False, description="also take the output head, and an embedding table tied to it")
     fuse: Literal["encoders", "all", "off"] = Field(
         "encoders",
-        description="in which of transformers' models our kernels compute softmax and activations too, whatever `only` "
-        "names; a decoder loses the formats that others load by it",
+        description="in which of transformers' models our kernels compute softmax and activations too; all: anywhere, "
+        "whatever `only` names, and a decoder loses the formats that others load by it",
     )
 
     @property
@@ -136,11 +136,11 @@ def build(path: str, module: nn.Module, edit: dict, tensors: dict[str, Tensor]) 
 
 def softmaxes(view: View, method: Int8) -> list[str]:
     """The attentions whose softmax is ours to compute."""
-    spared = method.model_copy(update={"only": ()})
+    chosen = method.model_copy(update={"only": ()}) if method.fuse == "all" else method
     return [
         attention.path
         for attention in view.attentions()
-        if spared.takes(attention.path)
+        if chosen.takes(attention.path)
         and not hasattr(view.module(attention.path), "attend")
         and not refusal(view, attention)
     ]
