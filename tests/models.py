@@ -7,6 +7,7 @@ import logging
 import diffusers
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -437,3 +438,14 @@ MORE = {
     "hunyuan_video": hunyuan_video,
     "cogview3": cogview3,
 }  # fmt: skip
+
+
+class HalfUsed(nn.Module):
+    """Two layers, of which no data ever reaches the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.other = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.used(x)

@@ -15,7 +15,7 @@ from compress.probing import Answers, block_answers, instead, one_at_a_time
 from compress.relevance import Propagation, relevance
 from compress.sensitivity import costs, pivot
 from compress.view import View
-from models import MODELS
+from models import MODELS, HalfUsed
 
 
 def randn(*shape):
@@ -142,7 +142,7 @@ def test_a_layer_that_answers_do_not_depend_on_costs_nothing():
             return self.last(self.used(x) + 0 * self.idle(x))
 
     torch.manual_seed(0)
-    view = View(Net())
+    view = View(HalfUsed())
     layers = view.linears()
     batches = [{"x": randn(64, 32)}]
 
@@ -190,15 +190,7 @@ def test_the_choice_to_measure_is_the_second_coarsest_with_an_error():
 
 
 def test_only_layers_that_data_reached_have_a_cost():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.other = nn.Linear(32, 32), nn.Linear(32, 32)
-
-        def forward(self, x):
-            return self.used(x)
-
-    view = View(Net())
+    view = View(HalfUsed())
     layers, batches = view.linears(), [{"x": randn(4, 32)}]
 
     def build(path, choice):

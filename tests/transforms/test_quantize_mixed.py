@@ -15,7 +15,7 @@ from compress.nn.weight_only_linear import WeightOnlyLinear
 from compress.outputs import relative_error, run
 from compress.transforms.quantize.mixed import Mixed
 from compress.view import View
-from models import MODELS, MORE
+from models import MODELS, MORE, HalfUsed
 
 
 def applied(model, batches, **options):
@@ -211,15 +211,7 @@ def test_codes_are_found_by_the_methods_of_both_kinds(solver):
 
 
 def test_layers_that_no_data_reached_stay_and_are_told():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.other = nn.Linear(32, 32), nn.Linear(32, 32)
-
-        def forward(self, x):
-            return self.used(x)
-
-    plan = applied(Net(), [{"x": torch.randn(9, 32)}], bits=7.0, group=16)
+    plan = applied(HalfUsed(), [{"x": torch.randn(9, 32)}], bits=7.0, group=16)
     assert set(plan.edits) == {"used"} and plan.notes["refused"] == {"other": "no calibration data reached it"}
 
 

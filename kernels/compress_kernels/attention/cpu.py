@@ -16,6 +16,7 @@ from compress_kernels.attention.source import SOURCE
 from compress_kernels.native import build
 from compress_kernels.native_torch import SOURCE as SHARED
 
+CODE = SHARED + SOURCE  # one string, so that looking the library up at each call does not hash it anew
 LONGEST = 4096  # keys; the scores of a block of queries leave the second-level cache beyond
 
 
@@ -43,7 +44,7 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, causal: bool
 ) -> Tensor:
     """softmax(query key^T scale + mask) value, [batch, heads, queries, depth]; grouped keys; masked rows give zeros."""
-    library = build(SHARED + SOURCE) if suits(query, key, value, mask) else None
+    library = build(CODE) if suits(query, key, value, mask) else None
     if library is None:
         return plain(query, key, value, mask, scale, causal)
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
