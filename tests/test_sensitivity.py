@@ -142,7 +142,7 @@ def test_a_layer_that_answers_do_not_depend_on_costs_nothing():
             return self.last(self.used(x) + 0 * self.idle(x))
 
     torch.manual_seed(0)
-    view = View(HalfUsed())
+    view = View(Net())
     layers = view.linears()
     batches = [{"x": randn(64, 32)}]
 
