@@ -20,7 +20,8 @@ class Int8Linear(nn.Module):
     """In the place of nn.Linear or transformers' Conv1D; the result has the dtype of the input.
 
     The input is quantized a token at a time, or with `input_scale` and `input_zero_point` (0..255, 128 where it is not
-    given) all alike. `input_factor` multiplies the input's channels before; the weight is stored divided by it.
+    given) all alike; with `group` so many of its channels at a time. `input_factor` multiplies the input's channels
+    before; the weight is stored divided by it.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Int8Linear(nn.Module):
         input_zero_point: Tensor | None = None,
         transposed: bool = False,
         activation: str = "none",
+        group: int = 0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -47,6 +49,7 @@ class Int8Linear(nn.Module):
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
         self.transposed = transposed  # was a Conv1D, so no format that only knows nn.Linear can hold this layer
         self.activation = activation  # of the output: none, relu, gelu, gelu_tanh, silu
+        self.group = group  # input channels that share a range; 0: all
         self.out_features, self.in_features = weight.shape
 
     @classmethod
@@ -71,7 +74,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         zero_point = None if self.input_zero_point is None else self.input_zero_point.to(torch.int32) + 128
         fixed = self.input_factor, self.input_scale, zero_point
-        return int8_linear(x, self.weight, self.weight_scale, self.bias, *fixed, self.activation)
+        return int8_linear(x, self.weight, self.weight_scale, self.bias, *fixed, self.activation, self.group)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

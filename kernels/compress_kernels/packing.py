@@ -13,10 +13,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _forms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def packed(weight: Tensor, build: Callable[[], Any]) -> Any:
-    """`build()` for this weight, kept as long as the weight lives, stays where it is and is not written to."""
+def packed(weight: Tensor, build: Callable[[], Any], kind: int = 0) -> Any:
+    """`build()` for this weight, kept as long as the weight lives, stays where it is and is not written to.
+
+    One form is kept; another `kind` is another form.
+    """
     # Inference tensors have no version counter.
-    stamp = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+    stamp = (weight.data_ptr(), kind, None if weight.is_inference() else weight._version)
     found = _forms.get(weight)
     if found is None or found[0] != stamp:
         found = _forms[weight] = (stamp, build())

@@ -37,14 +37,16 @@ def rows(count, depth, seed=1):
 
 
 def extras(depth):
-    """What a layer may have beside weight and bias: nothing, a factor, or the scale of all activations."""
+    """What a layer may have beside weight and bias: nothing, a factor, the scale of all activations, or groups."""
     factor = torch.rand(depth, generator=torch.Generator().manual_seed(2)) + 0.5
     fixed = torch.tensor(0.02)
-    return [(), (factor,), (None, fixed), (factor, fixed, torch.tensor(90, dtype=torch.int32))]
+    fixed_zero = torch.tensor(90, dtype=torch.int32)
+    groups = {"group": 64}
+    return [((), {}), ((factor,), groups), ((None, fixed), {}), ((factor, fixed, fixed_zero), {}), ((), groups)]
 
 
-def through_torch(x, weight, scale, bias=None, *rest):
-    return plain(x, weight, scale, bias, *rest, *[None] * (3 - len(rest)))
+def through_torch(x, weight, scale, bias=None, *rest, **group):
+    return plain(x, weight, scale, bias, *rest, *[None] * (3 - len(rest)), **group)
 
 
 @pytest.fixture(params=[1, 2])
@@ -79,10 +81,10 @@ def test_torch_agrees_with_the_reference(shape, integers, monkeypatch):
     if not integers:
         monkeypatch.setattr("compress_kernels.int8_linear.torch_path.integer_product", lambda device: False)
     x, (weight, scale, bias) = rows(count, depth), layer(depth, width)
-    for rest in extras(depth):
+    for rest, group in extras(depth):
         for offset in (bias, None):
-            got = through_torch(x, weight, scale, offset, *rest)
-            assert relative_error(got, reference(x, weight, scale, offset, *rest)) < 1e-5
+            got = through_torch(x, weight, scale, offset, *rest, **group)
+            assert relative_error(got, reference(x, weight, scale, offset, *rest, **group)) < 1e-5
 
 
 @NATIVE
@@ -92,18 +94,19 @@ def test_the_c_kernel_equals_torch_to_the_bit(shape, dtype, threads):
     count, depth, width = shape
     x, (weight, scale, bias) = rows(count, depth).to(dtype), layer(depth, width)
     x[0] = x[0].abs()
-    for rest in extras(depth):
+    for rest, group in extras(depth):
         for offset in (bias, bias.to(dtype), None):
-            got = int8_linear(x, weight, scale.to(dtype), offset, *rest)
-            assert same(got, through_torch(x, weight, scale.to(dtype), offset, *rest))
+            got = int8_linear(x, weight, scale.to(dtype), offset, *rest, **group)
+            assert same(got, through_torch(x, weight, scale.to(dtype), offset, *rest, **group))
 
 
 @NATIVE
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 140), st.integers(1, 140), st.integers(-99, 99), st.integers(0, 99))
-def test_the_c_kernel_equals_torch_at_any_size_and_scale(count, depth, width, power, seed):
-    x, (weight, scale, bias) = rows(count, depth, seed) * 2.0**power, layer(depth, width, seed)
-    assert same(int8_linear(x, weight, scale, bias), through_torch(x, weight, scale, bias))
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 140), st.integers(-99, 99), st.integers(0, 5))
+def test_the_c_kernel_equals_torch_at_any_size_and_scale(count, depth, width, power, group):
+    x, (weight, scale, bias) = rows(count, depth) * 2.0**power, layer(depth, width)
+    group = {"group": 64 * group}
+    assert same(int8_linear(x, weight, scale, bias, **group), through_torch(x, weight, scale, bias, **group))
 
 
 @NATIVE
@@ -339,7 +342,7 @@ def test_freezing_leaves_the_operator():
 
 def test_operators_are_registered_as_torch_wants_them():
     weight, scale, bias = layer(8, 5)
-    arguments = (rows(3, 8), weight, scale, bias, torch.rand(8), None, None, 0)
+    arguments = (rows(3, 8), weight, scale, bias, torch.rand(8), None, None, 0, 0)
     assert set(torch.library.opcheck(torch.ops.compress.int8_linear.default, arguments).values()) == {"SUCCESS"}
     arguments = (rows(3, 8).requires_grad_(), *arguments[1:])
     assert set(torch.library.opcheck(torch.ops.compress.int8_linear_autograd.default, arguments).values()) == {
@@ -372,7 +375,7 @@ def test_falls_back_without_a_c_kernel(monkeypatch):
     monkeypatch.setattr(kernel, "accelerated", lambda: False)
     weight, scale, bias = layer(16, 8)
     for x in (rows(1, 16), rows(5, 16)):
-        got = kernel._default(x, weight, scale, bias, None, None, None, 0)
+        got = kernel._default(x, weight, scale, bias, None, None, None, 0, 0)
         assert relative_error(got, reference(x, weight, scale, bias)) < 1e-5
 
 

@@ -35,7 +35,7 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "depth", "width"), [(1, 64, 64), (17, 100, 33), (70, 130, 65), (3, 1, 1), (130, 33, 130)]
 )
-@pytest.mark.parametrize("kind", ["dynamic", "factor", "static", "static with zero point"])
+@pytest.mark.parametrize("kind", ["dynamic", "factor", "static", "static with zero point", "groups"])
 def test_int8_linear_is_the_plain_path_to_the_bit(kernel, monkeypatch, rows, depth, width, kind):
     triton = kernel("int8_linear")
     x = random(rows, depth) * 3 + 1
@@ -45,6 +45,7 @@ def test_int8_linear_is_the_plain_path_to_the_bit(kernel, monkeypatch, rows, dep
     zero = torch.tensor(100) if kind.endswith("point") else None
     bias = random(width, seed=4) if rows != 70 else None
     arguments = x, weight, random(width, 1, seed=3).abs(), bias, factor, scale, zero
+    arguments += (0, 64 if kind == "groups" else 0)
     expected = plain(*arguments)
     poisoned(monkeypatch)
     assert torch.equal(triton.linear(*arguments), expected)

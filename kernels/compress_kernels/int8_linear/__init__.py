@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from compress_kernels.int8_linear.source import SOURCE
+from compress_kernels.int8_linear.source import OPERATOR, SOURCE
 from compress_kernels.int8_linear.torch_path import FUNCTIONS, plain
 from compress_kernels.native import build
 from compress_kernels.native_torch import SOURCE as SHARED
@@ -18,7 +18,7 @@ KINDS = tuple(FUNCTIONS)  # in the order of the C source
 NAME = "compress::int8_linear"
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_factor, Tensor? input_scale, "
-    "Tensor? input_zero_point, int activation) -> Tensor"
+    "Tensor? input_zero_point, int activation, int group) -> Tensor"
 )
 
 
@@ -31,17 +31,19 @@ def int8_linear(
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
     activation: str = "none",
+    group: int = 0,
 ) -> Tensor:
     """x [..., in] times input_factor [in], quantized, times weight [out, in] int8 with weight_scale [out, 1].
 
-    Without an input_scale each row gets the scale and the zero point that span its values. The result has the dtype of
-    x, and without an activation the same bits on every CPU path; no number of threads changes any.
+    Without an input_scale each row gets the scale and the zero point that span its values, or each `group` of its
+    inputs (a multiple of 64; 0: all). The result has the dtype of x, and without an activation the same bits on every
+    CPU path; no number of threads changes any.
     """
     assert x.shape[-1] == weight.shape[1], f"x has {x.shape[-1]} features, the weight {weight.shape[1]}"
     kind = KINDS.index(activation)
-    arguments = x.contiguous(), weight, weight_scale, bias, input_factor, input_scale, input_zero_point, kind
+    arguments = x.contiguous(), weight, weight_scale, bias, input_factor, input_scale, input_zero_point, kind, group
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return FUNCTIONS[activation](torch.ops.compress.int8_linear_autograd.default(*arguments[:-1], 0))
+        return FUNCTIONS[activation](torch.ops.compress.int8_linear_autograd.default(*arguments[:-2], 0, group))
     return torch.ops.compress.int8_linear.default(*arguments)
 
 
@@ -65,7 +67,7 @@ def on_gpu() -> Callable:
 @cache
 def accelerated() -> bool:
     """Build the C kernel and put it in the operator's place, if it gives the same bits as torch's path here."""
-    library = build(SHARED + SOURCE)
+    library = build(SHARED + SOURCE + OPERATOR)
     if library is None or library.install(b"int8_linear_native"):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +75,16 @@ def accelerated() -> bool:
     x[0], x[1], x[2] = 1, -1, 0  # all codes at their limits, and none
     weight = torch.randint(-127, 128, (100, 200), generator=generator, dtype=torch.int8)
     weight[0], weight[1] = 127, -127
-    rest = weight, torch.rand(100, 1, generator=generator), torch.randn(100, generator=generator), None, None, None, 0
+    rest = (
+        weight,
+        torch.rand(100, 1, generator=generator),
+        torch.randn(100, generator=generator),
+        None,
+        None,
+        None,
+        0,
+        64,
+    )
     for rows in (x, x[:3]):
         fast, expected = partial(torch.ops.compress.int8_linear_native, rows, *rest), plain(rows, *rest)
         if not trusted(fast, partial(plain, rows, *rest), expected, 0):
@@ -98,7 +109,7 @@ def _backward(ctx, grad: Tensor):
         grad_x = grad_x if input_factor is None else grad_x * input_factor.to(grad.dtype)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.flatten(0, -2).sum(0)
-    return grad_x, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, grad_bias, None, None, None, None, None
 
 
 def _define() -> None:

@@ -34,6 +34,11 @@ def quantize_rows(
     return torch.where(finite, codes, 0), torch.where(finite, scale, torch.nan), zero.int()
 
 
+def groups_of(x: Tensor, group: int) -> tuple[Tensor, ...]:
+    """The columns of a matrix that share a range; 0: all."""
+    return x.split(group or x.shape[-1], -1)
+
+
 def reference(
     x: Tensor,
     weight: Tensor,
@@ -42,9 +47,13 @@ def reference(
     input_factor: Tensor | None = None,
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
+    group: int = 0,
 ) -> Tensor:
     """The layer in float64: exact sums of code products, then both scales and the bias."""
     values = x.float() if input_factor is None else x.float() * input_factor.float()
-    codes, scale, zero = quantize_rows(values, input_scale, input_zero_point)
-    out = ((codes - zero).double() @ weight.double().t()) * scale.double() * weight_scale.double().flatten()
+    out = 0
+    for part, weight_part in zip(groups_of(values, group), groups_of(weight, group), strict=True):
+        codes, scale, zero = quantize_rows(part, input_scale, input_zero_point)
+        out = out + ((codes - zero).double() @ weight_part.double().t()) * scale.double()
+    out = out * weight_scale.double().flatten()
     return out if bias is None else out + bias.double()

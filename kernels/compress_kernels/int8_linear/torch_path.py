@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress_kernels.int8_linear.reference import quantize_rows
+from compress_kernels.int8_linear.reference import groups_of, quantize_rows
 from compress_kernels.timing import trusted
 
 # Legend: R rows (tokens), K input features, N output features
@@ -32,18 +32,23 @@ def plain(
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     activation: int = 0,
+    group: int = 0,
 ) -> Tensor:
-    """Blocks of rows are quantized, multiplied exactly, and scaled."""
+    """Blocks of rows are quantized, multiplied exactly, and scaled; one group of inputs after the other."""
     x_RK = x.reshape(-1, x.shape[-1])
     out_RN = x.new_empty(len(x_RK), len(weight))
     activate = list(FUNCTIONS.values())[activation]
-    sum_N, scale_N = weight.sum(1, dtype=torch.int32), weight_scale.float().flatten()
+    scale_N, weights = weight_scale.float().flatten(), groups_of(weight, group)
+    sums = [part.sum(1, dtype=torch.int32) for part in weights]
     step = max(1, BLOCK * torch.get_num_threads())
     for rows, out in zip(x_RK.split(step), out_RN.split(step), strict=True):
         values = rows.float() if input_factor is None else rows.float() * input_factor.float()
-        codes, scale, zero = quantize_rows(values, input_scale, input_zero_point)
-        total = _product((codes - 128).to(torch.int8), weight) + (128 - zero) * sum_N
-        result = total.float().mul_(scale_N).mul_(scale)
+        result = 0
+        for part, weight_part, sum_N in zip(groups_of(values, group), weights, sums, strict=True):
+            codes, scale, zero = quantize_rows(part, input_scale, input_zero_point)
+            total = _product((codes - 128).to(torch.int8), weight_part) + (128 - zero) * sum_N
+            result = total.float().mul_(scale).add_(result)
+        result.mul_(scale_N)
         out.copy_(activate(result if bias is None else result.add_(bias.float())))
     return out_RN.view(*x.shape[:-1], len(weight))
 
