@@ -93,6 +93,8 @@ def misfit(module: nn.Module) -> str:
         return "it was no torch linear layer"
     if getattr(module, "input_factor", None) is not None:
         return "its inputs are multiplied by a factor of its own (smooth: fold makes none)"
+    if getattr(module, "group", 0) and isinstance(module, Int8Linear):
+        return "groups of its inputs have ranges of their own (group: 0 makes none)"
     own = type(module).__module__.startswith("compress.") and not isinstance(module, KNOWN)
     if own or module._forward_pre_hooks or module._forward_hooks:
         return "code of ours is part of it, which no other reader runs"

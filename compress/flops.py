@@ -101,6 +101,11 @@ def _linear(x, *args, out_shape=None, **kwargs) -> int:
     return 2 * prod(out_shape) * x[-1]
 
 
+def _mlp(x_shape, up_shape, *args, out_shape=None, **kwargs) -> int:
+    """Both of its products: [.., in], weight [between, in] and [.., out]."""
+    return 2 * prod(x_shape[:-1]) * up_shape[0] * (up_shape[1] + out_shape[-1])
+
+
 def _attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
@@ -114,6 +119,8 @@ def _formulas() -> dict:
     for name in torch.ops.compress:  # our own, as far as the modules in use have registered them
         if "linear" in name or "matmul" in name:
             formulas[getattr(torch.ops.compress, name)] = _linear
+        elif "mlp" in name:
+            formulas[getattr(torch.ops.compress, name)] = _mlp
         elif "attention" in name:
             formulas[getattr(torch.ops.compress, name)] = _attention
     return formulas

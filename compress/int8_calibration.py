@@ -17,7 +17,7 @@ from compress.folds import Fold, find_folds, fold
 from compress.layer_inputs import Inputs, gather, passes
 from compress.linears import weight_owners
 from compress.roles import is_conv1d, width_in
-from compress.smoothing import ALPHAS, TINY, codes_of, fixed_range, row_grid, search
+from compress.smoothing import ALPHAS, TINY, codes_of, fixed_range, rounded_rows, row_grid, search
 from compress.view import View
 
 
@@ -33,6 +33,8 @@ class Fit:
     smooth: str | float
     solver: str
     static: bool
+    group: int = 0
+    alone: set[str] = field(default_factory=set)
     settings: dict[str, dict[str, bool]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
@@ -43,7 +45,7 @@ class Fit:
         if not batches:
             raise CompressError("quantize.int8: the calibration data is empty, it must hold at least one batch")
         owners = weight_owners(self.view)
-        alone = {path for path in paths if len(owners[id(self.view.module(path).weight)]) == 1}
+        alone = self.alone = {path for path in paths if len(owners[id(self.view.module(path).weight)]) == 1}
         places = []
         if self.smooth != "off":
             found = find_folds(self.view, probe_inputs(self.view.model, batches[0], tokens=128))
@@ -90,21 +92,25 @@ class Fit:
         weights = [matrix(self.view.module(path)) for path in paths]
         leveled = [weight / (inputs.rows @ weight.t()).norm().clamp_min(TINY) for weight in weights]
         alphas = ALPHAS if isinstance(self.smooth, str) else (self.smooth,)
-        alpha, factor = search(torch.cat(leveled), inputs, alphas, self.static, *channels)
+        alpha, factor = search(torch.cat(leveled), inputs, alphas, self.rounded, *channels)
         if alpha is not None:
             self.notes["alpha"] |= dict.fromkeys(paths, alpha)
         return alpha, factor
 
+    def rounded(self, inputs: Inputs) -> Tensor:
+        """The sample as these layers will see it."""
+        return rounded_rows(inputs, self.static, self.group)
+
     def round(self, paths: set[str], seen: dict[str, Inputs]) -> None:
         """The codes of the weights."""
         for same in readers(seen, paths):
-            weights = [matrix(self.view.module(path)) for path in same]
+            inputs, weights = seen[same[0]], [matrix(self.view.module(path)) for path in same]
             sizes, weight, dtype = list(map(len, weights)), torch.cat(weights), self.view.module(same[0]).weight.dtype
             factor = self.tensors.get(f"{same[0]}.input_factor")
             if factor is not None:
                 weight = weight / factor.float()
             grid = row_grid(weight, dtype)
-            codes, solver, error = codes_of(weight, seen[same[0]], self.solver, self.static, grid)
+            codes, solver, error = codes_of(weight, inputs, self.rounded(inputs), self.solver, grid)
             for path, own, scale in zip(same, codes.split(sizes), grid.scale.to(dtype).split(sizes), strict=True):
                 self.tensors |= {f"{path}.weight": own.clone(), f"{path}.weight_scale": scale.clone()}
                 self.notes["solver"][path], self.notes["error"][path] = solver, error

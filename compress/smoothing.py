@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.gptq import gptq
 from compress.layer_inputs import Inputs
 from compress.rounding import Grid, dequantize, rtn
-from compress_kernels.int8_linear.reference import quantize_rows
+from compress_kernels.int8_linear.reference import groups_of, quantize_rows
 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TINY = torch.finfo(torch.float32).tiny
@@ -36,19 +36,23 @@ def fixed_range(inputs: Inputs, dtype: torch.dtype = torch.float32) -> tuple[Ten
     return scale, (-low / scale.float()).round()
 
 
-def rounded_rows(inputs: Inputs, static: bool) -> Tensor:
-    """The sample of rows as an int8 layer sees them: with a range for each row, or one for all."""
-    codes, scale, zero = quantize_rows(inputs.rows, *(fixed_range(inputs) if static else ()))
-    return (codes - zero) * scale
+def rounded_rows(inputs: Inputs, static: bool, group: int = 0) -> Tensor:
+    """The sample of rows as an int8 layer sees them: a range for each row, for each group of its inputs, or for all."""
+    parts = []
+    for rows in groups_of(inputs.rows, group):
+        codes, scale, zero = quantize_rows(rows, *(fixed_range(inputs) if static else ()))
+        parts.append((codes - zero) * scale)
+    return torch.cat(parts, -1)
 
 
 def search(
-    weight: Tensor, inputs: Inputs, alphas: Iterable[float], static: bool,
+    weight: Tensor, inputs: Inputs, alphas: Iterable[float], rounded: Callable[[Inputs], Tensor],
     narrow: Callable[[Tensor], Tensor] = Tensor.clone, spread: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> tuple[float | None, Tensor]:  # fmt: skip
     """The alpha and the factor under which the outputs are least off on the sample; None and ones for no factor.
 
-    `narrow` takes numbers for each input to those for each channel that may have a factor of its own, `spread` back.
+    `rounded` gives the sample as the layer sees it. `narrow` takes numbers for each input to those for each channel
+    that may have a factor of its own, `spread` back.
     """
     expected = inputs.rows @ weight.t()
     loudest, heaviest = narrow(torch.maximum(-inputs.low, inputs.high)), narrow(weight.abs().amax(0))
@@ -58,7 +62,7 @@ def search(
 
     def error(tried: tuple[float | None, Tensor]) -> float:
         wide = spread(tried[1])
-        return (rounded_rows(inputs.times(wide), static) @ nearest(weight / wide).t() - expected).norm().item()
+        return (rounded(inputs.times(wide)) @ nearest(weight / wide).t() - expected).norm().item()
 
     return min(tries, key=error)
 
@@ -76,9 +80,9 @@ def row_grid(weight: Tensor, dtype: torch.dtype) -> Grid:
     return Grid(scale, torch.zeros_like(scale), -127, 127, True)
 
 
-def codes_of(weight: Tensor, inputs: Inputs, solver: str, static: bool, grid: Grid) -> tuple[Tensor, str, float]:
-    """int8 codes by the solver named, or by that which loses less on the sample; its name and its relative error."""
-    expected, x = inputs.rows @ weight.t(), rounded_rows(inputs, static)
+def codes_of(weight: Tensor, inputs: Inputs, x: Tensor, solver: str, grid: Grid) -> tuple[Tensor, str, float]:
+    """int8 codes by the solver named, or by that which loses less on the rounded sample x; its name and its error."""
+    expected = inputs.rows @ weight.t()
     tries = {"rtn": lambda: rtn(weight, grid), "gptq": lambda: gptq(weight, inputs.moments, grid)}
     found = []
     for name in tries if solver == "auto" else (solver,):

@@ -19,6 +19,7 @@ from compress.gptq import gptq
 from compress.nn.fused_attention import FusedAttention
 from compress.nn.int8_embedding import Int8Embedding
 from compress.nn.int8_linear import Int8Linear, quantize_rows
+from compress.nn.int8_mlp import Int8Mlp
 from compress.outputs import relative_error, run
 from compress.replay import record
 from compress.rounding import rtn
@@ -202,7 +203,8 @@ def test_the_activations_of_encoders_are_computed_by_the_layers_before_them(name
         method.apply(view, plan)
         fused = [edit for edit in plan.edits.values() if edit.get("activation") == "gelu"]
         assert len(fused) == taken * (fuse != "off")
-        assert sum(isinstance(module, nn.Identity) for module in model.modules()) >= len(fused)
+        assert sum(isinstance(module, Int8Mlp) for module in model.modules()) == len(fused)
+        assert sum(isinstance(module, nn.Identity) for module in model.modules()) >= 2 * len(fused)
         with torch.no_grad():
             answers.append(run(model, batch))
     assert relative_error(*answers) < 2e-2  # a rounding can tip a code
@@ -212,14 +214,25 @@ def test_an_activation_that_is_not_all_that_reads_a_layer_stays():
     model, batch = MODELS["bert"]()
     layer = model.bert.encoder.layer[0].intermediate
     layer.register_forward_hook(lambda module, args, output: output + module.dense(args[0]))
-    found = find_activations(View(model), set(View(model).linears()), batch)
-    assert found == {}
+    paths = set(View(model).linears())
+    assert find_activations(View(model), paths, paths, batch) == {}
     model, batch = MODELS["bert"]()
-    paths = set(View(model).linears()) - {"bert.encoder.layer.1.intermediate.dense"}
-    found = find_activations(View(model), paths, batch)
-    assert found == {
-        "bert.encoder.layer.0.intermediate.dense": {"activation": "gelu", "instead of": "intermediate_act_fn"}
-    }
+    paths -= {"bert.encoder.layer.1.intermediate.dense"}
+    edit = {"activation": "gelu", "instead of": "intermediate_act_fn"}
+    down = "bert.encoder.layer.0.output.dense"
+    for joinable, more in ((paths, {"then": down}), (paths - {down}, {})):
+        found = find_activations(View(model), paths, joinable, batch)
+        assert found == {"bert.encoder.layer.0.intermediate.dense": edit | more}
+
+
+def test_a_layer_whose_input_is_changed_on_the_way_is_not_joined():
+    model, batch = MODELS["bert"]()
+    paths = set(View(model).linears())
+    first, second = model.bert.encoder.layer
+    first.output.dense.register_forward_pre_hook(lambda module, args: (args[0] + 0,))
+    second.output.dense.register_forward_hook(lambda module, args, output: output * (1 + args[0][..., :1]))
+    found = find_activations(View(model), paths, paths, batch)
+    assert len(found) == 2 and not any("then" in edit for edit in found.values())
 
 
 def test_embeddings_are_rows_of_int8():

@@ -33,13 +33,15 @@ from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
+from compress.activations import silenced
 from compress.attend import attend_through, refusal
-from compress.errors import one_of
+from compress.errors import CompressError, one_of
 from compress.linears import check_finite, output_heads, swap, takeable, weight_owners
 from compress.nn.fused_attention import FusedAttention
 from compress.nn.int8_embedding import Int8Embedding
 from compress.nn.int8_linear import Int8Linear
-from compress.roles import is_linear, join, parent_of
+from compress.nn.int8_mlp import Int8Mlp
+from compress.roles import is_linear
 from compress.transform import Field, Plan, Transform
 from compress.view import View
 
@@ -58,6 +60,12 @@ class Int8(Transform):
     activations: Literal["dynamic", "static"] = Field("dynamic", description="a range per token, or one from the data")
     embeddings: bool = Field(False, description="also store embedding tables as int8 rows")
     head: bool = Field(False, description="also take the output head, and an embedding table tied to it")
+    group: int = Field(
+        0,
+        ge=0,
+        multiple_of=64,
+        description="how many input channels share a range within a token; 0: all, which the formats of others need",
+    )
     fuse: Literal["encoders", "all", "off"] = Field(
         "encoders",
         description="in which of transformers' models our kernels compute softmax and activations too; all: anywhere, "
@@ -73,6 +81,10 @@ class Int8(Transform):
         return self.smooth not in ("auto", "off") or self.solver == "gptq" or self.activations == "static"
 
     def plan(self, view: View) -> Plan:
+        if self.group and self.activations == "static":
+            raise CompressError(
+                "quantize.int8: group parts ranges found per token, with activations: static it must be 0"
+            )
         tied, left_tied = tied_heads(view, self) if self.head else ({}, {})
         taken, refused = takeable(view, self, "quantize.int8", self.head, besides=tied)
         if self.embeddings:
@@ -81,6 +93,9 @@ class Int8(Transform):
         refused = {path: why for path, why in (refused | left_tied).items() if path not in tied}
         remarks = [f"{one_of(tied, 9)} hold the same int8 rows"] if tied else []
         edits = {path: {"bits": 8} for path in taken | tied}
+        for path in edits if self.group else ():
+            if is_linear(view.module(path)):
+                edits[path]["group"] = self.group
         if edits and self.fuses(view):
             edits |= {path: {"attention": True} for path in softmaxes(view, self)}
         return Plan(edits, notes={"refused": refused, "remarks": remarks})
@@ -92,12 +107,13 @@ class Int8(Transform):
 
         heads = output_heads(view)
         paths = [path for path in plan.edits if is_linear(view.module(path)) and not heads.get(path)]
-        fitted = Fit(view, self.smooth, self.solver, self.activations == "static").run(paths, batches)
+        static = self.activations == "static"
+        fitted = Fit(view, self.smooth, self.solver, static, self.group).run(paths, batches)
         edits = {path: edit | fitted.settings.get(path, {}) for path, edit in plan.edits.items()}
         if self.fuses(view):
-            for path, edit in find_activations(
-                view, set(paths), probe_inputs(view.model, batches[0], tokens=32)
-            ).items():
+            joinable = set() if static else fitted.alone
+            probe = probe_inputs(view.model, batches[0], tokens=32)
+            for path, edit in find_activations(view, set(paths), joinable, probe).items():
                 edits[path] |= edit
         remarks = plan.notes["remarks"] + fitted.notes.pop("remarks", [])
         return Plan(edits, fitted.tensors, plan.notes | fitted.notes | {"remarks": remarks})
@@ -112,8 +128,10 @@ class Int8(Transform):
         attentions = [view.attention(path) for path in plan.edits if path not in layers]
         swap(view, layers, lambda path, module, edit: build(path, module, edit, plan.tensors))
         for path, edit in layers.items():
-            if "activation" in edit:
-                view.replace(join(parent_of(path), edit["instead of"]), nn.Identity())
+            if "then" in edit:
+                view.replace(path, Int8Mlp(view.module(path), view.module(edit["then"])))
+            for silent in silenced(path, edit) if "activation" in edit else ():
+                view.replace(silent, nn.Identity())
         for attention in attentions:
             attend_through(view, attention, FusedAttention())
 
@@ -130,8 +148,8 @@ def build(path: str, module: nn.Module, edit: dict, tensors: dict[str, Tensor]) 
         parts["input_scale"] = weight.new_ones(())
         parts["input_zero_point"] = weight.new_zeros(())
     fitted = {name: tensors.get(f"{path}.{name}", part) for name, part in parts.items()}
-    activation = edit.get("activation", "none")
-    return Int8Linear(**fitted, bias=module.bias, transposed=nearest.transposed, activation=activation)
+    further = {"activation": edit.get("activation", "none"), "group": edit.get("group", 0)}
+    return Int8Linear(**fitted, bias=module.bias, transposed=nearest.transposed, **further)
 
 
 def softmaxes(view: View, method: Int8) -> list[str]:
