@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.outputs import inputs
+from compress.quick import quick_products
 from compress.roles import width_in
 from compress.stacks import Call, answers, chain, stacks, tensors
 from compress.view import View
 
-STRIP = 256  # columns of a second moment computed at a time
+STRIP = 128  # columns of a second moment computed at a time
 
 
 @dataclass
@@ -52,7 +52,7 @@ def stages(
             rest = [path for path in rest if not any(path in paths for paths in inside.values())]
     if rest:
         meter = Meter(view, rest, batches, held)
-        with torch.no_grad(), meter:
+        with torch.no_grad(), quick_products(), meter:
             for meter.batch, batch in enumerate(batches):
                 view.model(**inputs(batch))
         yield Stage(*meter.read())
@@ -77,10 +77,14 @@ def walk(
             meter = Meter(view, layers, batches, held)
             with meter:
                 for meter.batch, call in enumerate(now):
-                    answers(block, call)
+                    meter.through(block, call)
             yield Stage(*meter.read(), path, now, clean)
         if index + 1 < len(calls[0]):
             given = [answers(block, call) for call in now]
+
+
+class Enough(Exception):
+    """Ends a forward behind which no layer waits."""
 
 
 class Meter:
@@ -90,8 +94,9 @@ class Meter:
         self.modules = {path: view.module(path) for path in layers}
         self.masks = [batch.get("attention_mask") for batch in batches]
         self.first_held, self.batch = len(batches) - held, 0
-        self.sums: tuple[dict, dict] = ({}, {})
-        self.latest: tuple[Any, Any] = (None, None)
+        self.sums: tuple[dict, dict] = ({}, {})  # by the layers that read the same tensor
+        self.x, self.moment, self.readers, self.into = None, None, [], self.sums[0]
+        self.order, self.last = [], None
 
     def __enter__(self) -> None:
         self.hooks = [module.register_forward_pre_hook(self.hear(path)) for path, module in self.modules.items()]
@@ -99,38 +104,66 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
-        self.latest = (None, None)
+        self.add()
 
     def hear(self, path: str):
         def hook(module: nn.Module, args: tuple) -> None:
-            if self.latest[0] is not args[0]:
-                self.latest = (args[0], gram(args[0].detach(), self.masks[self.batch]))
-            into = self.sums[self.batch >= self.first_held]
-            into[path] = into[path] + self.latest[1] if path in into else self.latest[1]
+            if self.x is not args[0] or path in self.readers:
+                self.add()
+                self.x, self.moment = args[0], upper_gram(args[0].detach(), self.masks[self.batch])
+                self.into = self.sums[self.batch >= self.first_held]
+            self.readers.append(path)
+            self.order.append(path)
+            if path == self.last:
+                raise Enough
 
         return hook
 
+    def add(self) -> None:
+        """Count the latest tensor for the layers that read it."""
+        if self.readers:
+            readers = tuple(self.readers)
+            self.into[readers] = self.into[readers].add_(self.moment) if readers in self.into else self.moment
+        self.x, self.moment, self.readers = None, None, []
+
+    def through(self, block: nn.Module, call: Call) -> None:
+        """Run a block, the next times only as far as its last layer where each is called once."""
+        self.order = []
+        try:
+            answers(block, call)
+        except Enough:
+            return
+        if sorted(self.order) == sorted(self.modules):
+            self.last = self.order[-1]
+
     def read(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The sums, and those of the held batches; a layer that no token reached has none."""
-        for sums in self.sums:
-            alike: dict[tuple, Tensor] = {}
-            for path, total in sums.items():
-                if not total.isfinite().all():
-                    raise CompressError(f"{path}: the calibration data gives it infinite or NaN inputs")
-                assert len(total) == width_in(self.modules[path]), path
-                first = alike.setdefault((len(total), total.sum().item()), total)
-                sums[path] = first if torch.equal(first, total) else total
-        return self.sums
+        return tuple(dict(self.totals(sums)) for sums in self.sums)
+
+    def totals(self, sums: dict[tuple, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The sum of each layer, the same tensor for layers that always read the same."""
+        for readers, upper in sums.items():
+            if not upper.sum().isfinite():
+                raise CompressError(f"{readers[0]}: the calibration data gives it infinite or NaN inputs")
+            assert len(upper) == width_in(self.modules[readers[0]]), readers
+            upper.copy_(upper.triu() + upper.triu(1).t())
+        alike: dict[tuple, Tensor] = {}
+        for path in self.modules:
+            parts = tuple(readers for readers in sums if path in readers)
+            if parts and parts not in alike:
+                alike[parts] = sums[parts[0]] if len(parts) == 1 else sum(sums[readers] for readers in parts)
+            if parts:
+                yield path, alike[parts]
 
 
-def gram(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum of x x^T over the tokens; those that the mask hides do not count."""
+@quick_products()
+def upper_gram(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum of x x^T over the tokens that the mask does not hide, of which only the upper triangle is meant."""
     if mask is not None and mask.shape == x.shape[:-1]:
         x = x[mask.bool()]
     x = x.flatten(0, -2).float()
-    total = x.new_empty(x.shape[1], x.shape[1])
-    for start in range(0, len(total), STRIP):  # half of it mirrors the other
+    total = x.new_zeros(x.shape[1], x.shape[1])
+    for start in range(0, len(total), STRIP):
         end = start + STRIP
         total[start:end, start:] = x[:, start:end].t() @ x[:, start:]
-        total[end:, start:end] = total[start:end, end:].t()
     return total

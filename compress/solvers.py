@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compress.awq import best_boost, boosted
 from compress.emit import probe_inputs
 from compress.folds import Fold, find_folds, fold
-from compress.gptq import gptq, gram_error, ordered_factor, round_all
+from compress.gptq import gptq, gram_error, ordered_root, round_all
 from compress.roles import is_conv1d, width_out
 from compress.rounding import Grid, dequantize, rtn, searched
 from compress.sequential import Stage, stages
@@ -115,12 +115,12 @@ def boost(
     def rounded(rows: Tensor, factor: Tensor) -> Tensor:
         rows = rows * factor
         made = fitted_grid(rows, moment.diagonal() / factor**2, edit, dtype)
-        # the factor of the inverse of the boosted moment, without another Cholesky decomposition
-        codes = rtn(rows, made) if solver == "awq" else round_all(rows, order, inverse * factor[order], made)
+        # the root of the boosted moment, without another Cholesky decomposition
+        codes = rtn(rows, made) if solver == "awq" else round_all(rows, order, root / factor[order], made)
         return dequantize(codes, made) / factor
 
     moment = stage.moments[paths[0]]
-    order, inverse = ordered_factor(moment)
+    order, root = ordered_root(moment)
     return best_boost(weight, moment, stage.held.get(paths[0], moment), rounded, share)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from compress.outputs import inputs, relative_error
+from compress.quick import quick_products
 from compress.roles import parent_of
 from compress.view import View
 
@@ -53,6 +54,7 @@ def is_marker(leaf: Any) -> bool:
 
 
 @torch.no_grad()
+@quick_products()
 def answers(block: nn.Module, call: Call) -> list[Tensor]:
     """The tensors that a block gives."""
     return tensors(block(*call.args, **call.kwargs))
@@ -77,6 +79,7 @@ class Recorder:
         self.chained = True
 
     @torch.no_grad()
+    @quick_products()
     def run(self, batch: dict) -> list[Call]:
         """The calls on one batch; `given` holds the answers of the last block."""
         self.calls, self.given = [], []

@@ -10,7 +10,7 @@ from torch import nn
 
 from compress.awq import best_boost, boosted, boosts
 from compress.errors import CompressError
-from compress.gptq import gptq, gram_error, inverse_factor, ordered_factor
+from compress.gptq import gptq, gram_error, lower_root, ordered_root
 from compress.outputs import relative_error
 from compress.rounding import dequantize, grid, hqq, rtn, searched, span
 from compress.signround import mean_loss, signround
@@ -137,8 +137,8 @@ def test_inputs_that_were_always_zero_are_rounded_alone():
 @pytest.mark.parametrize("damp", [0, 1e-12, 0.01])
 def test_singular_moments_are_damped_until_they_work(tokens, damp):
     x = random(tokens, 64)
-    factor = inverse_factor(x.T @ x, damp)
-    assert factor.isfinite().all() and torch.equal(factor, factor.triu())
+    root = lower_root(x.T @ x, damp)
+    assert root.isfinite().all() and root.diagonal().min() > 0 and torch.equal(root, root.tril())
     weight = random(8, 64)
     made = grid(weight, 4, 16, True)
     assert off(weight, gptq(weight, x.T @ x, made, damp=damp), made, x.T @ x) < off(
@@ -184,12 +184,13 @@ def test_boosts_of_salient_inputs_beat_rounding_to_nearest():
     assert best_boost(weight, torch.eye(128), torch.eye(128), rounded, lambda values: values) is None
 
 
-def test_the_factor_of_a_boosted_inverse_follows_from_that_of_the_inverse():
+def test_the_root_of_a_boosted_moment_follows_from_that_of_the_moment():
     _, moment = layer()
     factor = boosts(moment, lambda values: values)[3]
-    order, inverse = ordered_factor(moment, damp=0)
-    expected = inverse_factor(boosted(moment, factor)[order][:, order], damp=0)
-    assert relative_error(inverse * factor[order], expected) < 1e-3
+    order, root = ordered_root(moment, damp=0)
+    assert relative_error(root.T @ root, moment[order][:, order]) < 1e-6
+    expected = lower_root(boosted(moment, factor)[order][:, order], damp=0)
+    assert relative_error(root / factor[order], expected) < 1e-3
 
 
 def test_boosted_moments_are_those_of_the_divided_inputs():
