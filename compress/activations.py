@@ -76,13 +76,9 @@ def moved(view: View, found: dict[str, dict[str, str]]) -> AbstractContextManage
         steps = [view.module(path).forward, FUNCTIONS[edit["activation"]]]
         steps += [view.module(edit["then"]).forward] if "then" in edit else []
         forwards[view.module(path)] = lambda x, steps=steps: reduce(lambda value, step: step(value), steps, x)
-        forwards |= {view.module(silent): lambda x: x for silent in silenced(path, edit)}
+        silent = [join(parent_of(path), edit["instead of"]), *([edit["then"]] if "then" in edit else [])]
+        forwards |= {view.module(name): lambda x: x for name in silent}
     return instead(forwards)
-
-
-def silenced(path: str, edit: dict[str, str]) -> list[str]:
-    """The modules whose work this layer does."""
-    return [join(parent_of(path), edit["instead of"]), *([edit["then"]] if "then" in edit else [])]
 
 
 def close(output: object, expected: Tensor) -> bool:

@@ -33,7 +33,6 @@ from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
-from compress.activations import silenced
 from compress.attend import attend_through, refusal
 from compress.errors import CompressError, one_of
 from compress.linears import check_finite, output_heads, swap, takeable, weight_owners
@@ -41,7 +40,7 @@ from compress.nn.fused_attention import FusedAttention
 from compress.nn.int8_embedding import Int8Embedding
 from compress.nn.int8_linear import Int8Linear
 from compress.nn.int8_mlp import Int8Mlp
-from compress.roles import is_linear
+from compress.roles import is_linear, join, parent_of
 from compress.transform import Field, Plan, Transform
 from compress.view import View
 
@@ -113,8 +112,10 @@ class Int8(Transform):
         if self.fuses(view):
             joinable = set() if static else fitted.alone
             probe = probe_inputs(view.model, batches[0], tokens=32)
-            for path, edit in find_activations(view, set(paths), joinable, probe).items():
-                edits[path] |= edit
+            for number, (path, edit) in enumerate(find_activations(view, set(paths), joinable, probe).items()):
+                edits[path] |= {name: edit[name] for name in ("activation", "instead of")}
+                for one in (path, edit["then"]) if "then" in edit else ():
+                    edits[one]["pair"] = number  # not by its path, which a checkpoint may load under another one
         remarks = plan.notes["remarks"] + fitted.notes.pop("remarks", [])
         return Plan(edits, fitted.tensors, plan.notes | fitted.notes | {"remarks": remarks})
 
@@ -127,11 +128,14 @@ class Int8(Transform):
         layers = {path: edit for path, edit in plan.edits.items() if "attention" not in edit}
         attentions = [view.attention(path) for path in plan.edits if path not in layers]
         swap(view, layers, lambda path, module, edit: build(path, module, edit, plan.tensors))
+        seconds = {edit["pair"]: path for path, edit in layers.items() if "pair" in edit and "activation" not in edit}
         for path, edit in layers.items():
-            if "then" in edit:
-                view.replace(path, Int8Mlp(view.module(path), view.module(edit["then"])))
-            for silent in silenced(path, edit) if "activation" in edit else ():
-                view.replace(silent, nn.Identity())
+            if "activation" in edit:
+                view.replace(join(parent_of(path), edit["instead of"]), nn.Identity())
+            if "activation" in edit and "pair" in edit:
+                second = seconds[edit["pair"]]
+                view.replace(path, Int8Mlp(view.module(path), view.module(second)))
+                view.replace(second, nn.Identity())
         for attention in attentions:
             attend_through(view, attention, FusedAttention())
 

@@ -5,7 +5,7 @@ from compress_kernels.int8_linear.source import SOURCE as LINEAR
 SOURCE = (
     LINEAR
     + r"""
-enum { BETWEEN = 400 << 10 }; /* bytes, so that the weights have room beside it */
+enum { BETWEEN = 400 << 10, SMALL = 1 << 20 }; /* bytes: beside the weights in the cache, and alone */
 typedef struct { Job up, down; } Pair;
 
 static void both(int64_t begin, int64_t end, void *job) {
@@ -27,8 +27,9 @@ static void mlp(Pair pair) {
   most = most < 4 * TILE ? 4 * TILE : least(most, BLOCK);
   int64_t blocks = parts(parts(up->rows, most), workers) * workers;
   up->block = parts(parts(up->rows, blocks), TILE) * TILE;
-  if (up->block < 4 * TILE) { /* few rows: a layer after the other, each over all threads */
-    void *between = aligned_alloc(64, parts(up->rows * up->width * bytes, 64) * 64);
+  int64_t all = up->rows * up->width * bytes;
+  if (all <= SMALL || up->block < 4 * TILE) { /* a layer after the other, each over all threads */
+    void *between = aligned_alloc(64, parts(all, 64) * 64);
     up->out = between, down->x = (Floats){between, up->x.half};
     linear(*up), linear(*down);
     free(between);
