@@ -1,8 +1,8 @@
-"""Which heads stay: pure choices from scores, shared by the methods of the family heads."""
+"""Which units go: pure choices from scores under a budget, shared by the methods that prune."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,34 +41,47 @@ def by_group(attention: Attention, unit: str) -> bool:
     return unit == "group" and attention.kv_heads > 1
 
 
-def unit_scores(head_scores: Tensor, attention: Attention, unit: str) -> Tensor:
-    """Fold signed per-head scores [.., heads] into per-unit ones, jointly, since heads of one unit go together."""
-    grouped = head_scores.unflatten(-1, (attention.kv_heads, -1))
-    return grouped.sum(-1) if by_group(attention, unit) else grouped.sum(-2)
-
-
-def choose(scores: Mapping[str, Tensor], keep: float, layout: str) -> dict[str, list[int]]:
-    """The units that stay: the best in all modules together (ragged), or equally many of each module (uniform).
-
-    At least one unit of every module stays. Ties go to the earlier module and the earlier unit.
-    """
+def quotas(counts: Sequence[int], keep: float, layout: str) -> list[int]:
+    """How many units each part may lose: all but one (ragged), or the same share of each (uniform)."""
     if layout == "uniform":
-        return {path: _best(score, max(1, round(keep * len(score)))) for path, score in scores.items()}
-    total = max(len(scores), round(keep * sum(len(score) for score in scores.values())))
-    kept = {path: {int(score.argmax())} for path, score in scores.items()}
-    ranked = enumerate(scores.values())
-    rest = [(-float(value), place, unit) for place, score in ranked for unit, value in enumerate(score)]
-    paths = list(scores)
-    for _, place, unit in sorted(rest):
-        if sum(map(len, kept.values())) >= total:
+        return [count - max(1, round(keep * count)) for count in counts]
+    return [count - 1 for count in counts]
+
+
+def cheapest(
+    alone: Tensor, together: Tensor | None, counts: Sequence[int], costs: Sequence[float], lose: Sequence[int],
+    goal: float, gone: Sequence[int] = (), fixed: Sequence[int] = (),
+) -> list[int]:  # fmt: skip
+    """The units to remove, one after the other by the least loss for what each saves, until `goal` is saved.
+
+    Units are numbered over all parts; a part loses at most `lose` of its `counts` units, each of which saves `costs`.
+    `gone` go first, `fixed` stay; of equals the last goes.
+    """
+    part = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    saved = torch.tensor(costs, dtype=torch.float64)[part]
+    loss, free = alone.double().clone(), torch.ones(len(part), dtype=torch.bool)
+    free[list(fixed)] = False
+    left = torch.tensor(lose)
+    found, total = [], 0.0
+    for step in range(len(part)):
+        taken = step < len(gone)
+        if not taken and total >= goal * (1 - 1e-9):
             break
-        kept[paths[place]].add(unit)
-    return {path: sorted(units) for path, units in kept.items()}
+        open_ = free & (left[part] > 0)
+        if not taken and not open_.any():
+            break
+        rate = torch.where(open_, loss / saved, torch.inf).flip(0)
+        unit = gone[step] if taken else len(part) - 1 - int(rate.argmin())
+        found.append(unit)
+        free[unit], left[part[unit]], total = False, left[part[unit]] - 1, total + saved[unit].item()
+        if together is not None:
+            loss += together[unit].double()
+    return found
 
 
-def _best(score: Tensor, count: int) -> list[int]:
-    order = torch.argsort(score, descending=True, stable=True)
-    return sorted(order[:count].tolist())
+def placeholder(counts: Sequence[int]) -> Tensor:
+    """Losses before any is known: they fall from unit to unit alike in every part, so that cuts come out even."""
+    return torch.cat([torch.linspace(1, 0, count + 1)[:count] for count in counts])
 
 
 def edits(attentions: Mapping[str, Attention], kept: Mapping[str, list[int]], unit: str) -> dict[str, dict]:
@@ -84,9 +97,3 @@ def edits(attentions: Mapping[str, Attention], kept: Mapping[str, list[int]], un
             "queries": None if groups else units,
         }
     return result
-
-
-def placeholder(attentions: Mapping[str, Attention], unit: str) -> dict[str, Tensor]:
-    """Scores before any is known: they fall from unit to unit alike in every module, so that cuts come out even."""
-    counts = {path: unit_count(attention, unit) for path, attention in attentions.items()}
-    return {path: torch.linspace(1, 0, count + 1)[:count] for path, count in counts.items()}

@@ -42,7 +42,7 @@ def run_steps(
         journal.restore(source.model)
     probe = probe_inputs(source.model, sample, tokens=128)
     with torch.no_grad():
-        reference = run(source.original(), probe)
+        reference = run(source.original() if rows else source.model, probe)  # a second model is memory
     for number, step in enumerate(recipe.steps):
         if number < len(rows):
             continue

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,13 @@ def randomized(view: View, path: str) -> Iterator[nn.Module]:
 
 
 def ask(view: View, module: nn.Module, attention: Attention) -> list[Tensor]:
-    """What a module that holds this attention, or is it, makes of random tokens."""
+    """The tensors that a module which holds this attention, or is it, makes of random tokens."""
+    return [tensor.clone() for tensor in tensors(raw_answer(view, module, attention))]
+
+
+@torch.no_grad()
+def raw_answer(view: View, module: nn.Module, attention: Attention) -> Any:
+    """The same in the form in which it is answered."""
     owner, roles = view.module(attention.path), attention.projections()
     window = getattr(owner, "window_size", 2)
     count = prod(window) if isinstance(window, (tuple, list)) else window**2
@@ -59,8 +66,7 @@ def ask(view: View, module: nn.Module, attention: Attention) -> list[Tensor]:
         elif name in OTHERS and (attention.cross or attention.added):
             given[name] = noise(count + 1, width_in(view.module(roles.get("added.k") or roles.get("k") or roles["kv"])))
     tokens = noise(count, width_in(view.module(roles.get("q") or roles["qkv"])))
-    with torch.no_grad():
-        return [tensor.clone() for tensor in tensors(module(tokens, **given))]
+    return module(tokens, **given)
 
 
 def noise(tokens: int, width: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Recipes that must be refused: made by hand with the place of the mistake, and made from a valid one by breaking it.
 
-They only use methods and options that exist here (heads.taylor with keep, tokens.merge, quantize.int8).
+They only use methods and options that exist here (heads.prune with keep, tokens.merge, quantize.int8).
 """
 
 VALID = """\
@@ -13,7 +13,7 @@ calibrate:
   batch: 2
   column: text
 steps:
-  - use: heads.taylor
+  - use: heads.prune
     keep: 0.5
     only: ["*"]
     except: ["*.0.*"]
@@ -33,7 +33,7 @@ emit:
   shard: 2GB
 """
 
-STEPS = "steps:\n  - use: heads.taylor\n    keep: 0.5\n"
+STEPS = "steps:\n  - use: heads.prune\n    keep: 0.5\n"
 
 # text, line and column of the first mistake, a part of its message
 BY_HAND = [
@@ -41,18 +41,18 @@ BY_HAND = [
     ("", "1:1", "it is empty, it must be a mapping"),
     ("# nothing but a comment\n", "1:1", "it is empty"),
     ("\n\n", "1:1", "it is empty"),
-    ("heads.taylor", "1:1", "it is 'heads.taylor', it must be a mapping"),
+    ("heads.prune", "1:1", "it is 'heads.prune', it must be a mapping"),
     ("3", "1:1", "it is 3, it must be a mapping"),
-    ("- use: heads.taylor\n", "1:1", "it is a list, it must be a mapping"),
+    ("- use: heads.prune\n", "1:1", "it is a list, it must be a mapping"),
     ("{}", "1:1", "steps is missing"),
     ("seed: 1\n", "1:1", "steps is missing"),
     # YAML itself
     ("steps: [", "1:9", "expected the node content"),
-    ("steps:\n\t- use: heads.taylor\n", "2:1", "a tab stands where only spaces may"),
-    ("steps:\n  - use: heads.taylor\n   keep: 0.5\n", "3:4", "YAML"),
-    ("steps:\n  - use: heads.taylor\n    keep 0.5\n", "4:1", "YAML"),
-    ("steps:\n  - use: heads.taylor\n    keep: 0.5: 1\n", "3:14", "mapping values are not allowed here"),
-    ('steps:\n  - use: "heads.taylor\n', "3:1", "while scanning a quoted scalar (since line 2, column 10)"),
+    ("steps:\n\t- use: heads.prune\n", "2:1", "a tab stands where only spaces may"),
+    ("steps:\n  - use: heads.prune\n   keep: 0.5\n", "3:4", "YAML"),
+    ("steps:\n  - use: heads.prune\n    keep 0.5\n", "4:1", "YAML"),
+    ("steps:\n  - use: heads.prune\n    keep: 0.5: 1\n", "3:14", "mapping values are not allowed here"),
+    ('steps:\n  - use: "heads.prune\n', "3:1", "while scanning a quoted scalar (since line 2, column 10)"),
     ("steps: *nowhere\n", "1:8", "found undefined alias 'nowhere'"),
     ("a: &x 1\nb: &x 2\n", "2:4", "found duplicate anchor 'x'"),
     (STEPS + "---\n" + STEPS, "4:1", "a second document starts here"),
@@ -76,7 +76,7 @@ BY_HAND = [
     ("seed: !!int three\n" + STEPS, "1:7", "!!int 'three' cannot be read"),
     ("seed: !!float 1e999\n" + STEPS, "1:7", "cannot be read"),
     ("seed: !!timestamp 2026-01-01\n" + STEPS, "1:7", "!!timestamp"),
-    ("steps: !!set {heads.taylor}\n", "1:8", "!!set cannot be read"),
+    ("steps: !!set {heads.prune}\n", "1:8", "!!set cannot be read"),
     # keys
     ("1: 2\n" + STEPS, "1:1", "the key '1' is no text"),
     ("true: 2\n" + STEPS, "1:1", "the key 'true' is no text"),
@@ -85,7 +85,7 @@ BY_HAND = [
     ("on: 2\n" + STEPS, "1:1", "on is no key here"),
     ("<<: {seed: 1}\n" + STEPS, "1:1", "<< is no key here"),
     ("seed: 1\n" + STEPS + "seed: 2\n", "5:1", "seed stands twice, first in line 1"),
-    ("step:\n  - use: heads.taylor\n", "1:1", "step is no key here; did you mean steps?"),
+    ("step:\n  - use: heads.prune\n", "1:1", "step is no key here; did you mean steps?"),
     (STEPS + "validation: {size: 1x}\n", "4:1", "validation is no key here; did you mean validate?"),
     ('"two words": 1\n' + STEPS, "1:1", "'two words' is no key here"),
     # sections
@@ -114,35 +114,35 @@ BY_HAND = [
     # steps
     ("steps:\n", "1:7", "steps is empty, it must be a list of steps"),
     ("steps: []\n", "1:8", "steps is an empty list, it must be a list of steps"),
-    ("steps: {use: heads.taylor}\n", "1:8", "steps is a mapping, it must be a list of steps"),
-    ("steps: heads.taylor\n", "1:8", "steps is 'heads.taylor', it must be a list of steps"),
-    ("steps:\n  - heads.taylor\n", "2:5", "it is 'heads.taylor', it must be a mapping with use"),
+    ("steps: {use: heads.prune}\n", "1:8", "steps is a mapping, it must be a list of steps"),
+    ("steps: heads.prune\n", "1:8", "steps is 'heads.prune', it must be a list of steps"),
+    ("steps:\n  - heads.prune\n", "2:5", "it is 'heads.prune', it must be a mapping with use"),
     ("steps:\n  -\n", "2:4", "it is empty, it must be a mapping with use"),
     ("steps:\n  - keep: 0.5\n", "2:5", "use is missing, it must name a method"),
     ("steps:\n  - use:\n", "2:9", "use is empty, it must name a method"),
-    ("steps:\n  - use: [heads.taylor]\n", "2:10", "use is a list, it must name a method"),
+    ("steps:\n  - use: [heads.prune]\n", "2:10", "use is a list, it must name a method"),
     (
-        "steps:\n  - use: heads.tailor\n",
+        "steps:\n  - use: heads.prunes\n",
         "2:10",
-        "use is 'heads.tailor', it must name a method; did you mean heads.taylor?",
+        "use is 'heads.prunes', it must name a method; did you mean heads.prune?",
     ),
     ("steps:\n  - use: os.system\n", "2:10", "use is 'os.system', it must name a method"),
     ("steps:\n  - use: heads\n", "2:10", "use is 'heads', it must name a method"),
-    ("steps:\n  - use: heads.taylor\n    kep: 0.5\n", "3:5", "heads.taylor: kep is no key here; did you mean keep?"),
-    ("steps:\n  - use: heads.taylor\n    skip: ['*']\n", "3:5", "skip is no key here"),
+    ("steps:\n  - use: heads.prune\n    kep: 0.5\n", "3:5", "heads.prune: kep is no key here; did you mean keep?"),
+    ("steps:\n  - use: heads.prune\n    skip: ['*']\n", "3:5", "skip is no key here"),
     (
-        "steps:\n  - use: heads.taylor\n    keep: 1.5\n",
+        "steps:\n  - use: heads.prune\n    keep: 1.5\n",
         "3:11",
-        "heads.taylor: keep is 1.5, it must be above 0 and at most 1",
+        "heads.prune: keep is 1.5, it must be above 0 and at most 1",
     ),
-    ("steps:\n  - use: heads.taylor\n    keep: .nan\n", "3:11", "keep is '.nan', it must be a number"),
-    ("steps:\n  - use: heads.taylor\n    keep: yes\n", "3:11", "keep is 'yes', it must be a number"),
-    ("steps:\n  - use: heads.taylor\n    keep: 1e999\n", "3:11", "cannot be read"),
-    ("steps:\n  - use: heads.taylor\n    only: a.*\n", "3:11", "only is 'a.*', it must be a list"),
-    ("steps:\n  - use: heads.taylor\n    except: [1]\n", "3:14", "except.0 is 1, it must be text"),
-    ("steps:\n  - use: heads.taylor\n    only:\n", "3:10", "only is empty, it must be a list"),
+    ("steps:\n  - use: heads.prune\n    keep: .nan\n", "3:11", "keep is '.nan', it must be a number"),
+    ("steps:\n  - use: heads.prune\n    keep: yes\n", "3:11", "keep is 'yes', it must be a number"),
+    ("steps:\n  - use: heads.prune\n    keep: 1e999\n", "3:11", "cannot be read"),
+    ("steps:\n  - use: heads.prune\n    only: a.*\n", "3:11", "only is 'a.*', it must be a list"),
+    ("steps:\n  - use: heads.prune\n    except: [1]\n", "3:14", "except.0 is 1, it must be text"),
+    ("steps:\n  - use: heads.prune\n    only:\n", "3:10", "only is empty, it must be a list"),
     (
-        "steps:\n  - use: quantize.int8\n  - use: heads.taylor\n",
+        "steps:\n  - use: quantize.int8\n  - use: heads.prune\n",
         "3:10",
         "stands after quantize.int8, it must stand before",
     ),

@@ -17,7 +17,7 @@ from compress.recipe import Emit
 from compress.source import Source
 from models import MODELS, TEXT, of
 
-TWO = [{"use": "heads.magnitude", "keep": 0.5}, {"use": "quantize.int8"}]
+TWO = [{"use": "heads.prune", "score": "magnitude", "keep": 0.5}, {"use": "quantize.int8"}]
 
 
 def made(folder, name="llama", steps=TWO, **emit):

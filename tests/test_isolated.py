@@ -111,7 +111,7 @@ def test_together_and_in_two_checkpoints_of_one_process(bare, tmp_path):
     code += "    m = transformers.AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)\n"
     code += "    print(type(m).__module__, type(m).__name__, sum(p.numel() for p in m.parameters()))\n"
     sizes = []
-    for number, uses in enumerate([["heads.magnitude", "tokens.merge", "quantize.int8"], ["heads.magnitude"]]):
+    for number, uses in enumerate([["heads.prune", "tokens.merge", "quantize.int8"], ["heads.prune"]]):
         options = {"only": ("vit.*",)} if number else None
         model = emitted(tmp_path / "same" / str(number) / "name", "vit", uses, options)
         sizes.append(sum(parameter.numel() for parameter in model.parameters()))
@@ -122,7 +122,7 @@ def test_together_and_in_two_checkpoints_of_one_process(bare, tmp_path):
 
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_the_base_model_loads_from_a_checkpoint_with_a_head(name, bare, tmp_path):
-    model, (_, batch) = emitted(tmp_path, name, ["heads.magnitude"]), MODELS[name]()
+    model, (_, batch) = emitted(tmp_path, name, ["heads.prune"]), MODELS[name]()
     _, answer = ask(bare, tmp_path, "AutoModel", batch, trust_remote_code=True)
     with torch.no_grad():
         assert torch.equal(answer, model.base_model(**batch).last_hidden_state)
@@ -146,7 +146,7 @@ def test_a_whole_pipeline_is_refused_without_compress(bare, tmp_path):
 def test_a_native_checkpoint_needs_nothing(bare, tmp_path):
     batch = MODELS["qwen3"]()[1]
     model = emitted(
-        tmp_path, "qwen3", ["heads.magnitude"], {"keep": 0.5, "layout": "uniform"}, emit=Emit(format="native")
+        tmp_path, "qwen3", ["heads.prune"], {"keep": 0.5, "layout": "uniform"}, emit=Emit(format="native")
     )
     _, answer = ask(bare, tmp_path, "AutoModelForCausalLM", batch)
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_the_code_of_a_checkpoint_imports_nothing_of_ours(name, tmp_path):
 
 def test_the_class_with_another_config_is_not_taken_for_ours(bare, tmp_path):
     """The code of a checkpoint registers a quantizer; other models of the process are loaded as always."""
-    model = emitted(tmp_path / "ours", "vit", ["heads.magnitude"])
+    model = emitted(tmp_path / "ours", "vit", ["heads.prune"])
     other = of("vit", "AutoModelForImageClassification", **IMAGE)
     other.save_pretrained(tmp_path / "plain")
     code = "import sys, transformers\n"
@@ -220,15 +220,15 @@ def test_the_card_tells_how_to_load_with_compress_and_without(case, snippet, bar
     library, component = CARDS[case]
     name = "dit" if case == "pipeline" else case
     model, batch = MODELS[name]()
-    transform = find("heads.magnitude")(keep=0.5)
+    transform = find("heads.prune")(keep=0.5, score="magnitude")
     plan = transform.plan(View(model))
-    steps = [record(model, "heads.magnitude", plan)]
+    steps = [record(model, "heads.prune", plan)]
     transform.apply(View(model), plan)
     pipeline = tiny_pipeline(model) if component else None
     source = Source(case, model, library, component=component, pipeline=pipeline)
     write(source, tmp_path, steps, batch, Emit(format="compress-plan"), {})
     report = Report(case, "recipe", "compress-plan", "you asked for it", [], [], {}, {}, {}, 0.0, "now")
-    describe(report, tmp_path, Recipe.make({"steps": [{"use": "heads.magnitude"}]}), source)
+    describe(report, tmp_path, Recipe.make({"steps": [{"use": "heads.prune"}]}), source)
     code = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.S)[snippet]
     code = code.replace("path/to/this/folder", str(tmp_path))
     code += f"\npart = getattr(model, '{component}', model)\nprint(sum(p.numel() for p in part.parameters()))"

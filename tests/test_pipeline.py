@@ -18,8 +18,8 @@ from compress.source import open_source
 from compress.view import View
 from models import LATENT, MODELS, denoiser, seeded
 
-TWO = [{"use": "heads.taylor", "keep": 0.5}, {"use": "quantize.int8"}]
-HEADS = {"use": "heads.magnitude", "keep": 0.5, "layout": "uniform"}
+TWO = [{"use": "heads.prune", "keep": 0.5}, {"use": "quantize.int8"}]
+HEADS = {"use": "heads.prune", "score": "magnitude", "keep": 0.5, "layout": "uniform"}
 MERGE = {"use": "tokens.merge", "ratio": 0.25}
 KEYS = {"model", "recipe", "format", "why_format", "steps", "measures", "verified", "hardware", "versions", "seconds"}
 
@@ -48,8 +48,8 @@ CASES = {
     "gpt2": [[{"use": "quantize.weight_only", "bits": 8}], "compress-plan"],
     "qwen3": [[HEADS], "native"],
     "bert": [[HEADS, MERGE], "compress-plan"],
-    "vit": [[{"use": "heads.taylor", "keep": 0.5}, MERGE], "compress-plan"],
-    "dit": [[{"use": "heads.taylor", "keep": 0.5}, {"use": "quantize.int8"}], "compress-plan"],
+    "vit": [[{"use": "heads.prune", "keep": 0.5}, MERGE], "compress-plan"],
+    "dit": [[{"use": "heads.prune", "keep": 0.5}, {"use": "quantize.int8"}], "compress-plan"],
 }
 
 
@@ -87,7 +87,7 @@ def test_a_whole_pipeline_in_a_whole_pipeline_out(pipeline_folder, tmp_path):
 
     recipe = {
         "calibrate": {"samples": 4, "length": 2, "batch": 1},
-        "steps": [{"use": "heads.taylor", "keep": 0.5}, {"use": "quantize.int8"}],
+        "steps": [{"use": "heads.prune", "keep": 0.5}, {"use": "quantize.int8"}],
         "validate": {"samples": 2, "length": 2, "batch": 1, "relative_error": None, "psnr": None},
     }
     out = tmp_path / "out"
@@ -194,7 +194,7 @@ def test_another_run_never_takes_a_finished_folder_without_force(saved, tmp_path
             compress.compress(source, recipe, output=out, calibration=[data])
         assert {path: path.read_bytes() for path in out.iterdir()} == files
     result = compress.compress(saved("llama"), {"steps": TWO}, output=out, calibration=[batch], force=True)
-    assert [step["use"] for step in check_files(out)["steps"]] == ["heads.taylor", "quantize.int8"]
+    assert [step["use"] for step in check_files(out)["steps"]] == ["heads.prune", "quantize.int8"]
     assert result.folder == out and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -233,7 +233,7 @@ def test_a_missed_limit_emits_nothing_and_force_says_missed(saved, tmp_path, cap
 
 
 MENDABLE = {
-    "nothing matches": ({"steps": [HEADS | {"only": ["nowhere.*"]}]}, r"steps\.0.*heads\.magnitude matched nothing"),
+    "nothing matches": ({"steps": [HEADS | {"only": ["nowhere.*"]}]}, r"steps\.0.*heads\.prune matched nothing"),
     "the second matches nothing": (
         {"steps": [HEADS, {"use": "quantize.int8", "only": ["nowhere"]}]},
         r"steps\.1.*quantize\.int8 matched nothing",
@@ -243,7 +243,7 @@ MENDABLE = {
         {"steps": [{"use": "tokens.merge"}, MERGE]},
         r"steps\.1.*tokens\.merge matched nothing .* refused: vit.layers.0 \(it merges tokens already",
     ),
-    "data is missing": ({"steps": [{"use": "heads.taylor", "keep": 0.5}]}, "looks at data"),
+    "data is missing": ({"steps": [{"use": "heads.prune", "keep": 0.5}]}, "looks at data"),
     "a format that does not fit": ({"steps": [HEADS], "emit": {"format": "compressed-tensors"}}, "fits only"),
     "a metric that does not fit": ({"steps": [HEADS], "validate": {"psnr": 3}}, "psnr"),
 }
@@ -415,7 +415,7 @@ def test_surgery_that_is_not_exact_is_refused(monkeypatch):
     def keep_others(view, attention, groups, queries=None):
         wrong(view, attention, [group for group in range(attention.kv_heads) if group not in groups], queries)
 
-    recipe = {"steps": [{"use": "heads.magnitude", "keep": 0.5, "layout": "uniform"}]}
+    recipe = {"steps": [{"use": "heads.prune", "score": "magnitude", "keep": 0.5, "layout": "uniform"}]}
     assert compress.compress(copy.deepcopy(model), recipe, validation=[batch]).steps
     monkeypatch.setattr(View, "keep_heads", keep_others)
     with pytest.raises(CompressError, match="not exact .* with except"):

@@ -21,7 +21,7 @@ from compress.sections import Limit
 from compress.transform import Field, Transform, find, names
 
 
-class Taylor(Transform):
+class Prune(Transform):
     keep: float = Field(1.0, gt=0, le=1, description="share that stays")
 
 
@@ -56,7 +56,7 @@ class Bits(Transform):
         return self
 
 
-METHODS = {"heads.taylor": Taylor, "tokens.merge": Merge, "quantize.bits": Bits, "quantize.int8": Int8}
+METHODS = {"heads.prune": Prune, "tokens.merge": Merge, "quantize.bits": Bits, "quantize.int8": Int8}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,8 +81,8 @@ def test_every_part_is_read():
     assert recipe.calibrate.model_dump() == {
         "data": "text.txt", "samples": 4, "length": 32, "batch": 2, "column": "text", "split": None
     }  # fmt: skip
-    assert [step.use for step in recipe.steps] == ["heads.taylor", "quantize.int8"]
-    assert recipe.steps[0].method == Taylor(keep=0.5, only=("*",), skip=("*.0.*",))
+    assert [step.use for step in recipe.steps] == ["heads.prune", "quantize.int8"]
+    assert recipe.steps[0].method == Prune(keep=0.5, only=("*",), skip=("*.0.*",))
     assert recipe.steps[0].options == {"keep": 0.5, "only": ["*"], "except": ["*.0.*"]}
     assert [step.where for step in recipe.steps] == ["demo:10:5", "demo:14:5"]
     assert recipe.validate_.split == "test" and recipe.validate_.samples == 4
@@ -190,7 +190,7 @@ def test_a_missing_option_and_a_method_that_refuses():
 
 
 def test_all_mistakes_come_at_once_in_the_order_of_the_text():
-    text = "sed: 1\nsteps:\n  - use: tokens.merge\n    mode: x\n    ratio: 2\n  - use: heads.tailor\nemit: {shard: 1}\n"
+    text = "sed: 1\nsteps:\n  - use: tokens.merge\n    mode: x\n    ratio: 2\n  - use: heads.prunes\nemit: {shard: 1}\n"
     places = [line.split(": ")[0] for line in refusal(text)]
     assert places == ["r.yaml:1:1", "r.yaml:4:11", "r.yaml:5:12", "r.yaml:6:10", "r.yaml:7:15"]
 
@@ -218,7 +218,7 @@ def test_there_are_enough_broken_recipes():
 
 
 def test_anchors_repeat_what_they_name():
-    recipe = Recipe.parse("calibrate: &text {data: a.txt, samples: 2}\nsteps:\n  - {use: heads.taylor, only: &g [a]}\n"
+    recipe = Recipe.parse("calibrate: &text {data: a.txt, samples: 2}\nsteps:\n  - {use: heads.prune, only: &g [a]}\n"
                           "  - {use: quantize.int8, only: *g}\n")  # fmt: skip
     assert recipe.steps[1].method.only == ("a",)
 
@@ -282,11 +282,11 @@ def test_a_recipe_made_in_python():
 
 def test_mistakes_made_in_python_have_key_paths():
     with pytest.raises(CompressError) as error:
-        Recipe.make({"steps": [{"use": "heads.taylor", "keep": 2, "only": {"a"}}], "seed": object(), 3: 4}, "mine")
+        Recipe.make({"steps": [{"use": "heads.prune", "keep": 2, "only": {"a"}}], "seed": object(), 3: 4}, "mine")
     assert sorted(str(error.value).split("\n")) == [
         "mine: YAML: the key '3' is no text, it must be a word",
         "mine:seed: YAML: !object '...' cannot be read, it must be plain text, a number, a list or a mapping",
-        "mine:steps.0.keep: heads.taylor: keep is 2, it must be above 0 and at most 1",
+        "mine:steps.0.keep: heads.prune: keep is 2, it must be above 0 and at most 1",
         "mine:steps.0.only: YAML: !!set cannot be read, it must be plain text, a number, a list or a mapping",
     ]
     with pytest.raises(CompressError, match="mine: recipe: it is 'text', it must be a mapping"):
@@ -344,7 +344,7 @@ PIECES = (
         "steps:",
         "- ",
         "use: ",
-        "heads.taylor",
+        "heads.prune",
         "keep: ",
         "0.5",
         "[",
@@ -440,13 +440,13 @@ def fits(value, rule: dict, root: dict) -> bool:
 GOOD = {
     "seed": 3,
     "calibrate": {"data": "a", "samples": 3},
-    "steps": [{"use": "heads.taylor", "keep": 0.5, "except": ["a"]}, {"use": "quantize.bits", "bits": 4}],
+    "steps": [{"use": "heads.prune", "keep": 0.5, "except": ["a"]}, {"use": "quantize.bits", "bits": 4}],
     "validate": {"data": "b", "perplexity": "1.05x", "kl": 0.1, "top1": "+0.5", "size": None, "flops": True},
     "emit": {"format": "native", "shard": "10MB"},
 }
 BAD = [
-    {}, {"steps": []}, {"steps": [{}]}, {"steps": [{"use": "a.b"}]}, {"steps": [{"use": "heads.taylor", "keep": 2}]},
-    {"steps": [{"use": "heads.taylor", "kep": 1}]}, {"steps": [{"use": "quantize.bits"}]}, GOOD | {"sed": 1},
+    {}, {"steps": []}, {"steps": [{}]}, {"steps": [{"use": "a.b"}]}, {"steps": [{"use": "heads.prune", "keep": 2}]},
+    {"steps": [{"use": "heads.prune", "kep": 1}]}, {"steps": [{"use": "quantize.bits"}]}, GOOD | {"sed": 1},
     GOOD | {"seed": -1}, GOOD | {"calibrate": {"samples": 0}}, GOOD | {"validate": {"perplexty": 1}},
     GOOD | {"validate": {"kl": "1.05y"}}, GOOD | {"validate": {"kl": False}}, GOOD | {"validate": {"limits": {}}},
     GOOD | {"emit": {"shard": 3}}, GOOD | {"emit": {"format": "x"}}, GOOD | {"emit": None}, GOOD | {"steps": [[]]},
@@ -482,7 +482,7 @@ def test_the_schema_helps_an_editor():
     )
     assert (
         rules["properties"]["steps"]["items"]["oneOf"][0]["properties"]["use"]["description"]
-        == "The card of heads.taylor."
+        == "The card of heads.prune."
     )
     assert set(METRICS) < set(rules["properties"]["validate"]["properties"])
 

@@ -21,7 +21,7 @@ NASTY = 'we|ird/`mo`*del*</title><script>alert(1)</script> 模型 & [x](y) --- "
 
 def report(**changes) -> Report:
     notes = {"scores": {"layers.0": 1.5, "layers.1": -0.5}, "refused": {"lm_head": "tied"}, "kept": 3}
-    step = {"use": "heads.taylor", "options": {"keep": 0.5}, "modules": ["layers.0"], "seconds": 2.5}
+    step = {"use": "heads.prune", "options": {"keep": 0.5}, "modules": ["layers.0"], "seconds": 2.5}
     ledger = step | {"parameters": 900, "bytes": 1800, "flops": 1e9, "error": 0.25, "notes": notes}
     values = {
         "model": "someone/tiny",
@@ -172,7 +172,7 @@ def test_card_metadata():
     data = metadata(make_card(report(), license="mit", dataset="someone/texts"))
     assert data["base_model"] == "someone/tiny" and data["base_model_relation"] == "quantized"
     assert data["license"] == "mit" and data["pipeline_tag"] == "text-generation"
-    assert data["tags"] == ["compress", "heads.taylor", "quantize.int8"]
+    assert data["tags"] == ["compress", "heads.prune", "quantize.int8"]
     (result,) = data["model-index"][0]["results"]
     assert result["dataset"]["type"] == "someone/texts"
     assert result["metrics"] == [{"type": "perplexity", "value": 13.5}]
@@ -254,7 +254,7 @@ def test_page_draws_what_was_measured():
         "Size after each step",
         "Error against the original after each step",
         "Size by layer, before and after",
-        "heads.taylor: scores",
+        "heads.prune: scores",
     ]
     waterfall = text.split("<figcaption>")[1]
     widths = {

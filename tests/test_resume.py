@@ -18,8 +18,8 @@ from models import MODELS
 KILLS = 20
 RECIPE = {
     "steps": [
-        {"use": "heads.magnitude", "keep": 0.5, "unit": "query"},
-        {"use": "heads.taylor", "keep": 0.5},
+        {"use": "heads.prune", "score": "magnitude", "keep": 0.5, "unit": "query"},
+        {"use": "heads.prune", "keep": 0.5},
         {"use": "quantize.int8"},
     ],
     "validate": {"kl": None},

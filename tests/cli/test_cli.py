@@ -16,7 +16,7 @@ from models import MODELS
 
 RECIPE = """\
 steps:
-  - {use: heads.magnitude, keep: 0.5}
+  - {use: heads.prune, score: magnitude, keep: 0.5}
   - {use: quantize.int8, except: [lm_head]}
 emit: {format: compress-plan}
 """
@@ -76,7 +76,7 @@ def test_every_command_and_every_option_says_what_it_is(tell):
 def test_a_run_from_recipe_to_report(tell, here, saved):
     code, out, err = tell(saved("llama"), "small.yaml", "-o", "done")
     assert (code, err) == (0, "")
-    assert "heads.magnitude" in out and "bit-equal" in out and "done/report.json" in out
+    assert "heads.prune" in out and "bit-equal" in out and "done/report.json" in out
     assert left(here) == ["done"]
     again = tell(saved("llama"), "small.yaml", "-o", "done")
     assert again == (0, out, "")
@@ -105,7 +105,7 @@ def test_plan_prints_what_would_happen_and_writes_nothing(name, tell, here, save
     before = {path: path.stat().st_mtime_ns for path in saved(name).iterdir()}
     code, out, err = tell(saved(name), "small.yaml", "--plan")
     assert (code, err, left(here)) == (0, "", [])
-    assert "heads.magnitude takes" in out and "quantize.int8 takes" in out and "peak memory" in out
+    assert "heads.prune takes" in out and "quantize.int8 takes" in out and "peak memory" in out
     assert before == {path: path.stat().st_mtime_ns for path in saved(name).iterdir()}
     assert {path.name for path in saved(name).iterdir()} == {path.name for path in before}
 
@@ -137,8 +137,8 @@ def test_methods_and_their_cards(tell):
         code, out, err = tell("methods", name)
         assert (code, err) == (0, "")
         assert "Paper" in out and "hurts" in out and "only" in out and "except" in out
-    code, out, err = tell("methods", "heads.tailor")
-    assert (code, out) == (2, "") and "did you mean heads.taylor?" in err and len(err.splitlines()) == 1
+    code, out, err = tell("methods", "heads.prunes")
+    assert (code, out) == (2, "") and "did you mean heads.prune?" in err and len(err.splitlines()) == 1
 
 
 def test_schema_is_a_json_schema_that_takes_our_recipes(tell):
@@ -151,7 +151,7 @@ def test_schema_is_a_json_schema_that_takes_our_recipes(tell):
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(yaml.safe_load(RECIPE), schema)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"steps": [{"use": "heads.tailor"}]}, schema)
+        jsonschema.validate({"steps": [{"use": "heads.prunes"}]}, schema)
 
 
 WRONG = {

@@ -10,7 +10,9 @@ It works without data, and better with it. Where the recipe has a `calibrate` se
 front can take v over without a trace it is folded into them, elsewhere the layer keeps it; `smooth: fold` does only the
 former, which formats for other readers need. Then weights are rounded by GPTQ where that loses less on rows that it has
 not seen. Relative errors of the last hidden state without and with data: MiniLM .048 and .028, DINOv2-S .028 and .015;
-of a diffusion UNet along its sampling .032 and .002. `activations: static` fixes one range a layer from the data.
+of a diffusion UNet along its sampling .032 and .002. `group` gives every so many channels of a token a range of their
+own: with 192, MiniLM goes from .034 to .027 on texts of 128 tokens, for 3 % of its speed. `activations: static` fixes
+one range a layer from the data.
 
 `embeddings` also stores embedding tables as int8 rows, half the size of a small encoder, at no cost in speed. The
 output head stays as it is unless `head` asks for it; a table that is tied to it then holds the same codes, once.
