@@ -13,6 +13,7 @@ from torch import nn
 from compress.attend import attend_through
 from compress.errors import CompressError
 from compress.nn.token_merge import on_first
+from compress.nn.window import ImageSize
 from compress.roles import parent_of, width_in
 from compress.structure import Attention
 from compress.view import View
@@ -52,6 +53,20 @@ def special_tokens(model: nn.Module, stack: str) -> dict | str:
         return f"the place of its {unknown[0]} is not known"
     first = sum(own[name].shape[-2] if own[name].dim() > 1 else 1 for name in LEADING if name in own)
     return {"first": max(first, int(text)), "last": text}
+
+
+def patch_size(config) -> int | str:
+    """The side of an image's patches, or why there is none; without patches the feature map itself is the grid."""
+    patch = getattr(config, "patch_size", None) or 1
+    if isinstance(patch, int):
+        return patch
+    return patch[0] if len(set(patch)) == 1 else f"its patches are not square: {tuple(patch)}"
+
+
+def watch(view: View, paths: list[str], size: ImageSize) -> list:
+    """Let every module from the model down to these report the image that passes through it."""
+    onward = {".".join(path.split(".")[:depth]) for path in paths for depth in range(path.count(".") + 2)}
+    return [view.module(path).register_forward_pre_hook(size, with_kwargs=True) for path in sorted(onward)]
 
 
 def above(model: nn.Module, path: str) -> list[nn.Module]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.nn.token_match import Rule, bystanders, match, merge, unmerge
+from compress.nn.token_match import Matching, Rule, bystanders, match, merge, unmerge
 
 MASKED = -1000.0  # an additive mask below this hides a key; learned position biases stay far above
 
@@ -37,22 +37,31 @@ class Tokens:
 
     def merge(self, x: Tensor, rule: Rule) -> Tensor:
         """Merge the most similar tokens of x (B,n,D) and remember what went where."""
-        batch, tokens = x.shape[:2]
+        tokens = x.shape[1]
         r = rule.removes(tokens)
         if r == 0:
             return x
-        if self.slot is None:
-            self.slot = self.origin = torch.arange(tokens, device=x.device).expand(batch, -1)
-            ones = torch.ones(batch, tokens, device=x.device)
-            self.size = ones if self.alive is None else self.alive.float()
+        self.begin(x)
         rows = None if self.alive is None else rule.removes_rows(self.alive.sum(1))
         fixed = bystanders(rule, tokens, self.alive, x.device)
         matching = match(x, r, fixed, self.alive, rows, rule.similarity)
         x, self.size = merge(x, matching, self.size)
+        self.follow(matching)
+        return x
+
+    def begin(self, x: Tensor) -> None:
+        """Before the first change: every token of x stands for itself, and padding for none."""
+        if self.slot is None:
+            batch, tokens = x.shape[:2]
+            self.slot = self.origin = torch.arange(tokens, device=x.device).expand(batch, -1)
+            ones = torch.ones(batch, tokens, device=x.device)
+            self.size = ones if self.alive is None else self.alive.float()
+
+    def follow(self, matching: Matching) -> None:
+        """Remember what went where."""
         self.slot = matching.slot.gather(1, self.slot)
         self.origin = self.origin.gather(1, matching.kept)
         self.alive = None if self.alive is None else self.alive.gather(1, matching.kept)
-        return x
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Bring x back to the places of the input and forget."""
@@ -97,7 +106,7 @@ class Sized(nn.Module):
         whole, origin = self.tokens.slot.shape[1], self.tokens.origin
         if mask.shape[-1] != whole:
             raise CompressError(
-                f"tokens.merge: the attention mask is for {mask.shape[-1]} keys, it must be for all {whole} tokens "
+                f"tokens: the attention mask is for {mask.shape[-1]} keys, it must be for all {whole} tokens "
                 "(attn_implementation 'sdpa' or 'eager')"
             )
         mask = mask.expand(origin.shape[0], -1, -1, -1)
@@ -125,7 +134,7 @@ class MergeAfter(nn.Module):
 
     def start(self, block, args) -> None:
         if block.training and getattr(block, "gradient_checkpointing", False):
-            raise CompressError("tokens.merge: gradient checkpointing would replay the blocks without their merges")
+            raise CompressError("tokens: gradient checkpointing would replay the blocks with all their tokens")
         self.tokens.reset()
 
     def shrink(self, block, args, output):

@@ -257,6 +257,10 @@ class ImageSize:
                 self.height, self.width = value.shape[2:]
                 return
 
+    def patches(self, patch: int) -> tuple[int, int]:
+        """Height and width of the grid of patches of this size."""
+        return self.height // patch, self.width // patch
+
 
 class ImageWindow(nn.Module):
     """The core of a windowed image attention: a disc on the grid; class and text tokens are seen by and see all."""
@@ -278,7 +282,7 @@ class ImageWindow(nn.Module):
 
     def grid(self, tokens: int, queries: int) -> tuple[int, int, int]:
         """Height, width and first token of the grid, from the image that is on its way and the number of tokens."""
-        height, width = self.size.height // self.patch, self.size.width // self.patch
+        height, width = self.size.patches(self.patch)
         beside = tokens - height * width
         if not height or queries != tokens or beside < 0 or (self.text is None and beside > MANY_CLASS_TOKENS):
             raise CompressError(

@@ -36,6 +36,7 @@ from torch.overrides import TorchFunctionMode
 from compress.attend import attend_module, attend_through, refusal
 from compress.errors import CompressError
 from compress.nn.window import ImageSize, ImageWindow, TextWindow
+from compress.token_layout import patch_size, watch
 from compress.transform import Field, Plan, Transform
 from compress.view import Attention, View
 
@@ -91,11 +92,9 @@ class Window(Transform):
         """The edit of an attention over image tokens."""
         if not self.radius:
             return "its tokens are an image; give a radius"
-        patch = getattr(config, "patch_size", None) or 1  # without patches the feature map itself is the grid
-        if not isinstance(patch, int):
-            if len(set(patch)) > 1:
-                return f"its patches are not square: {tuple(patch)}"
-            patch = patch[0]
+        patch = patch_size(config)
+        if isinstance(patch, str):
+            return patch
         size = getattr(config, "image_size", None) or getattr(config, "sample_size", None)
         height, width = (size, size) if isinstance(size, int) else size or (None, None)
         if height and (height // patch - 1) ** 2 + (width // patch - 1) ** 2 <= self.radius**2:
@@ -122,12 +121,6 @@ class Window(Transform):
 def core_of(path: str, settings: dict, size: ImageSize) -> nn.Module:
     """The core that an edit asks for."""
     return ImageWindow(path, size=size, **settings) if "radius" in settings else TextWindow(**settings)
-
-
-def watch(view: View, paths: list[str], size: ImageSize) -> list:
-    """Let every module from the model down to these attentions report the image that passes through it."""
-    above = {".".join(path.split(".")[:depth]) for path in paths for depth in range(path.count(".") + 2)}
-    return [view.module(path).register_forward_pre_hook(size, with_kwargs=True) for path in sorted(above)]
 
 
 def own_window(module: nn.Module) -> str:
