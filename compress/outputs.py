@@ -57,5 +57,5 @@ def objective(output, generator: torch.Generator) -> Tensor:
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """|value - reference| / |reference| in the Euclidean norm."""
-    difference = (value.double() - reference.double()).norm()
-    return (difference / reference.double().norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+    reference = reference.double()
+    return ((value - reference).norm() / reference.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
