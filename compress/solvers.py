@@ -13,6 +13,7 @@ from compress.awq import best_boost, boosted
 from compress.emit import probe_inputs
 from compress.folds import Fold, find_folds, fold
 from compress.gptq import gptq, gram_error, ordered_root, round_all
+from compress.quick import quick_products
 from compress.roles import is_conv1d, width_out
 from compress.rounding import Grid, dequantize, rtn, searched
 from compress.sequential import Stage, stages
@@ -184,7 +185,8 @@ def refined(view: View, stage: Stage, results: dict[str, Rounded]) -> dict[str, 
 
 def output_error(weight: Tensor, other: Tensor, moment: Tensor) -> float:
     """The relative error of the outputs of a layer with another weight."""
-    whole = gram_error(weight, torch.zeros_like(weight), moment).sum()
+    with quick_products():  # not for the error itself, whose parts cancel
+        whole = gram_error(weight, torch.zeros_like(weight), moment).sum()
     return (gram_error(weight, other, moment).sum() / whole.clamp_min(1e-30)).sqrt().item()
 
 

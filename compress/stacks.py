@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from compress.emit import probe_inputs
 from compress.outputs import inputs, relative_error
 from compress.quick import quick_products
 from compress.roles import parent_of
@@ -132,25 +133,35 @@ def scaled(output: Any, scale: float) -> Any:
 def chain(model: nn.Module, stack: list[str], batches: list[dict]) -> list[list[Call]] | None:
     """The calls of the blocks on each batch; None where the blocks are no chain.
 
-    The proof: after another answer of the first block, replaying the others gives what the model gives.
+    The proof, on one example: after another answer of the first block, replaying the others gives what the model gives.
     """
-    probe = Recorder(model, stack, scale=1.25)
-    probe.run(batches[0])
-    if not probe.chained:
+    if not proven(model, stack, probe_inputs(model, batches[0])):
         return None
     recorder = Recorder(model, stack)
     calls = [recorder.run(batches[0])]
-    first, given = tensors(tuple(calls[0][0])), []
-    for index, (path, call) in enumerate(zip(stack, calls[0], strict=True)):
-        given = answers(model.get_submodule(path), call.after(given, first))
-        given = scaled(given, 1.25) if index == 0 else given
-    for got, wanted in zip(given, probe.given, strict=True):
-        if got.is_floating_point() and relative_error(got, wanted) > 100 * torch.finfo(got.dtype).eps:
-            return None
     later = calls[0][1:]
     if not any(isinstance(leaf, Tensor) for call in later for leaf in leaves(call)):
         start = Recorder(model, stack[:1])  # all else follows from the first call, so this one is enough
         calls += [start.run(batch) + later for batch in batches[1:]]
-        return calls if all(len(tensors(tuple(each[0]))) == len(first) for each in calls) else None
-    calls += [recorder.run(batch) for batch in batches[1:]]
-    return calls if recorder.chained else None
+    else:
+        calls += [recorder.run(batch) for batch in batches[1:]]
+    alike = all(len(tensors(tuple(each[0]))) == len(tensors(tuple(calls[0][0]))) for each in calls)
+    return calls if recorder.chained and alike else None
+
+
+def proven(model: nn.Module, stack: list[str], batch: dict) -> bool:
+    """Do the blocks, run one after the other, give what the model gives?"""
+    probe, recorder = Recorder(model, stack, scale=1.25), Recorder(model, stack)
+    probe.run(batch)
+    if not probe.chained:
+        return False
+    calls, given = recorder.run(batch), []
+    first = tensors(tuple(calls[0]))
+    for index, (path, call) in enumerate(zip(stack, calls, strict=True)):
+        given = answers(model.get_submodule(path), call.after(given, first))
+        given = scaled(given, 1.25) if index == 0 else given
+    return all(
+        relative_error(got, wanted) <= 100 * torch.finfo(got.dtype).eps
+        for got, wanted in zip(given, probe.given, strict=True)
+        if got.is_floating_point()
+    )
