@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.outputs import run
+from compress.quick import quick_products
 from compress.roles import width_in
 from compress.view import View
 
@@ -72,6 +73,7 @@ def quieted(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@quick_products()
 def gather(view: View, paths: Iterable[str], batches: list[dict]) -> dict[str, Inputs]:
     """The inputs of these layers in one pass over the data, without padding; layers that never ran are not in it."""
     found: dict[str, Gathering] = {}

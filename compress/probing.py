@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from compress.compare import deviation, divergence
 from compress.errors import CompressError
 from compress.outputs import answer, inputs, objective
+from compress.quick import quick_products
 from compress.view import View
 
 ROWS = 512  # of each layer's inputs that are kept; more change the estimates by a few percent
@@ -99,6 +100,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@quick_products()
 def listen(
     model: nn.Module, layers: dict[str, nn.Module], batches: list[dict], gradients: bool
 ) -> tuple[dict[str, Heard], float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from compress.quick import quick_products
 from compress.roles import is_conv1d
 from compress.rounding import Grid, dequantize, storable
 from compress.stacks import Call, tensors
@@ -55,6 +56,7 @@ class Learned:
         return codes.to(torch.int8).flatten(1), grid
 
 
+@quick_products()
 def signround(
     block: nn.Module, layers: dict[str, tuple[Tensor, Tensor, Grid]], calls: list[Call], targets: list[list[Tensor]],
     dtype: torch.dtype, steps: int = STEPS,
