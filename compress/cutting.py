@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from compress.basis import put
+from compress.errors import CompressError
 from compress.mixing import apart
 from compress.parts import Part, kept
 from compress.probing import Answers
 from compress.progress import say
+from compress.quick import quick_products
 from compress.repair import repair, without
-from compress.scoring import find
+from compress.scoring import Scores, find, some
 from compress.selection import cheapest
 from compress.view import View
 
 if TYPE_CHECKING:
     from compress.transforms.heads.prune import Prune
 
-Kept = dict[str, list[int]]  # path of a part -> its units that stay
+Weights = dict[str, dict[str, Tensor]]  # of output projections
+SEARCH, FINISH = 2**14, 2**16  # tokens for scores and repairs while searching, and for the last repair
+PORTFOLIO = ("energy", "fisher", "leave_one_out", "variance")  # what auto tries
 
 
 class Cut:
@@ -28,33 +33,49 @@ class Cut:
 
     def __init__(self, method: Prune, view: View, parts: list[Part], batches: list[dict]) -> None:
         self.method, self.view, self.parts = method, view, parts
-        self.seen, self.held = apart(batches)
+        seen, held = apart(batches)
+        self.few, self.many = some(seen, SEARCH), some(seen, FINISH)
         self.counts = [part.count for part in parts]
         self.lose, self.costs, self.goal = method.budget(parts)
-        self.answers = Answers.of(view.model, self.held)
-        self.original = {path: self.copy(path) for part in parts for path in part.outputs}
+        self.fixed = protected(method, view, parts)
+        self.answers = Answers.of(view.model, held)
+        self.original = self.weights()
 
-    def copy(self, path: str) -> dict[str, Tensor]:
-        """The weights of a projection as they are now."""
-        return {name: value.detach().clone() for name, value in self.view.module(path).named_parameters()}
+    def weights(self) -> Weights:
+        """The weights of all output projections as they are now."""
+        modules = {path: self.view.module(path) for part in self.parts for path in part.outputs}
+        return {
+            path: {name: value.clone() for name, value in module.named_parameters()} for path, module in modules.items()
+        }
 
-    def restore(self, weights: dict[str, dict[str, Tensor]]) -> None:
+    def restore(self, weights: Weights) -> None:
         """Put weights of projections back."""
         for path, own in weights.items():
             for name, value in own.items():
                 put(self.view.module(path).get_parameter(name), value)
 
-    def search(self, score: str) -> list[int]:
-        """The units to remove by one score, asked anew after every part of them is gone; they are gone in the model."""
-        gone: list[int] = []
-        for number in range(1, self.method.rounds + 1):
-            found = find(score)(self.view, self.parts, self.seen)
-            goal = self.goal * number / self.method.rounds
-            gone = cheapest(found.alone, found.together, self.counts, self.costs, self.lose, goal, gone)
-            self.remove(gone)
-        return gone
+    def search(self, score: str) -> tuple[list[int], list[tuple[float, float]]]:
+        """The units to remove by one score, and the loss after each round; in the model they are gone.
 
-    def remove(self, gone: Iterable[int]) -> dict[str, dict]:
+        Scores are asked anew in every round, on what the rounds before it have left.
+        """
+        self.restore(self.original)
+        gone, curve = [], []
+        for number in range(1, self.method.rounds + 1):
+            found, goal = self.scores(score), self.goal * number / self.method.rounds
+            more = cheapest(found.alone, found.together, self.counts, self.costs, self.lose, goal, gone, self.fixed)
+            if len(more) > len(gone):
+                gone = more
+                self.remove(gone, self.few)
+                curve.append((self.left(gone), self.answers.distance(self.view.model)))
+        return gone, curve
+
+    @quick_products()
+    def scores(self, name: str) -> Scores:
+        """What each unit costs now."""
+        return find(name)(self.view, self.parts, self.few)
+
+    def remove(self, gone: Iterable[int], batches: list[dict]) -> dict[str, dict]:
         """Cut these units out of the original model and repair it; what came of each projection."""
         self.restore(self.original)
         left = kept(self.parts, gone)
@@ -64,23 +85,41 @@ class Cut:
             if len(left[part.path]) < part.count
             for path in part.outputs
         }
-        return repair(self.view, stay, self.seen) if self.method.repair else without(self.view, stay)
+        return repair(self.view, stay, batches) if self.method.repair else without(self.view, stay)
 
-    def loss(self) -> float:
-        """How far the answers to the held-out batches are from the original's."""
-        return self.answers.distance(self.view.model)
+    def left(self, gone: Iterable[int]) -> float:
+        """The share of all units' cost that stays."""
+        costs = [cost for part, cost in zip(self.parts, self.costs, strict=True) for _ in range(part.count)]
+        return 1 - sum(costs[unit] for unit in gone) / sum(costs)
 
 
-def cut(method: Prune, view: View, parts: list[Part], batches: list[dict]) -> tuple[Kept, dict]:
+def protected(method: Prune, view: View, parts: list[Part]) -> list[int]:
+    """The units that must stay because they retrieve."""
+    if method.protect is None:
+        return []
+    return (find("retrieval")(view, parts, []).alone >= method.protect).nonzero().flatten().tolist()
+
+
+@torch.no_grad()
+def cut(method: Prune, view: View, parts: list[Part], batches: list[dict]) -> tuple[dict[str, list[int]], dict]:
     """The units that stay and notes; the output projections are left repaired, with nothing read of what goes."""
     work, tried, best = Cut(method, view, parts, batches), {}, None
-    scores = [method.score] if method.score != "auto" else list(method.portfolio)
-    for score in scores:
-        gone = work.search(score)
-        tried[score] = work.loss()
-        say(f"heads.prune: {score} {tried[score]:.4g}")
-        if best is None or tried[score] < tried[best[0]]:
-            best = (score, gone, {path: work.copy(path) for path in work.original})
+    for score in PORTFOLIO if method.score == "auto" else (method.score,):
+        gone, curve = work.search(score)
+        if not gone:
+            raise CompressError("heads.prune: nothing can go; keep, protect or except leave no head to remove")
+        tried[score] = curve
+        say(f"heads.prune: by {score} the loss is {curve[-1][1]:.4g}")
+        if best is None or curve[-1][1] < tried[best[0]][-1][1]:
+            best = (score, gone, work.weights())
     score, gone, weights = best
     work.restore(weights)
-    return kept(parts, gone), {"tried": tried}
+    if method.repair and len(work.many) > len(work.few):
+        work.remove(gone, work.many)
+        tried[score][-1] = (work.left(gone), work.answers.distance(view.model))
+    losses = ", ".join(f"{name} {curve[-1][1]:.3g}" for name, curve in tried.items())
+    remark = f"loss on held-out data {losses}" + (f"; taken: {score}" if len(tried) > 1 else "")
+    notes = {"curves": tried, "taken": score, "remarks": [remark]}
+    if work.fixed:
+        notes["remarks"].append(f"{len(work.fixed)} heads or groups retrieve and stay")
+    return kept(parts, gone), notes

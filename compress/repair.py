@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from compress.basis import put, weight_of
 from compress.outputs import inputs
 from compress.roles import is_conv1d
-from compress.stacks import Call, answers, chain, stacks, tensors
+from compress.stacks import Call, LastBlock, answers, chain, stacks, tensors
 from compress.view import View
 
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean second moment of an input
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of each input's second moment
 HELD = 5  # one of so many rows is kept to choose the ridge by
 LONGEST = 3.0  # times the median length, of the targets of a row: first tokens of decoders outweigh all others
 
@@ -54,15 +54,14 @@ def refit(moments: Moments, old: Tensor, stay: Tensor, bias: bool, ridges: tuple
     The ridge pulls towards the old weights; the one with the least error on the held rows is taken. The last row is
     the bias; without one it stays zero.
     """
-    take = torch.cat((stay, stay.new_tensor([bias]))).nonzero().squeeze(1)
+    take = torch.cat((stay, stay.new_tensor([bias]))).to(old.device).nonzero().squeeze(1)
     own, xx, xy = old[take], moments.xx[0][take][:, take], moments.xy[0][take]
-    level = xx.diagonal()[: int(stay.sum())].mean()
-    pull = torch.full((len(take),), 1.0, dtype=torch.float64)
+    pull = xx.diagonal().clamp_min(1e-12 * xx.diagonal().max())  # of its own scale each, whatever that is
     if bias:
-        pull[-1] = 1e-12
+        pull[-1] *= 1e-12
     best = (error(moments, own, take), None, own)
     for ridge in ridges:
-        weight = pull * ridge * level
+        weight = ridge * pull
         factor, trouble = torch.linalg.cholesky_ex(xx + weight.diag())
         if trouble:
             continue
@@ -119,9 +118,8 @@ def without(view: View, jobs: dict[str, Tensor]) -> dict[str, dict]:
 @torch.no_grad()
 def silence(module: nn.Module, stay: Tensor) -> None:
     """Read nothing of the inputs that go."""
-    write(
-        module, torch.where(torch.cat((stay, stay.new_ones(1)))[:, None].to(module.weight.device), stacked(module), 0)
-    )
+    read = torch.cat((stay, stay.new_ones(1)))[:, None].to(module.weight.device)
+    write(module, torch.where(read, stacked(module), 0))
 
 
 def along(view: View, inside: dict[str, list[str]], calls: list[list[Call]], batches: list[dict], jobs: dict) -> dict:
@@ -181,12 +179,12 @@ def gather(block: nn.Module, module: nn.Module, ys: list[Tensor], pairs: list[Pa
     """The moments of a projection's inputs in our block against both targets."""
     found, chance = {"local": Moments()}, torch.Generator().manual_seed(0)
     for pair, y in zip(pairs, ys, strict=True):
-        with hearing({module: ""}) as heard:
+        with hearing({module: ""}, stop=True) as heard:
             answers(block, pair.ours)
         x, _ = heard[""]
         keep = real(x, pair.mask)
         x, y_local = x.flatten(0, -2)[keep].float(), y.flatten(0, -2)[keep].float()
-        held = torch.rand(len(x), generator=chance) < 1 / HELD
+        held = torch.rand(len(x), generator=chance).to(x.device) < 1 / HELD
         found["local"].add(x, y_local, held)
         before = [
             (one, two)
@@ -203,7 +201,7 @@ def real(x: Tensor, mask: Tensor | None) -> Tensor:
     """Which rows of [batch, tokens, channels] are no padding."""
     if mask is not None and mask.shape == x.shape[:-1]:
         return mask.flatten().bool()
-    return torch.ones(x.shape[:-1].numel(), dtype=torch.bool)
+    return torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
 
 
 def distance(ours: list[Tensor], wanted: list[Tensor]) -> float:
@@ -213,16 +211,20 @@ def distance(ours: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 @contextmanager
-def hearing(modules: dict[nn.Module, str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """What goes into and comes out of these modules, by name, in the order of their use."""
+def hearing(modules: dict[nn.Module, str], stop: bool = False) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """What goes into and comes out of these modules, by name, in the order of their use; with `stop` no more runs."""
     heard: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
         heard[modules[module]] = (args[0], output)
+        if stop and len(heard) == len(modules):
+            raise LastBlock
 
     hooks = [module.register_forward_hook(hook) for module in modules]
     try:
         yield heard
+    except LastBlock:
+        pass
     finally:
         for handle in hooks:
             handle.remove()

@@ -14,11 +14,16 @@ from torch import Tensor
 
 from compress.data import rows as examples_in
 from compress.errors import CompressError
+from compress.layer_inputs import real
 from compress.outputs import inputs, objective
 from compress.probing import frozen
+from compress.repair import hearing
+
+PROBE = 2**12  # tokens that answers are measured on, for each unit
+PATCHES = 256  # tokens that an image counts as
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from compress.parts import Part
     from compress.view import View
@@ -84,3 +89,34 @@ def gated(part: Part, into: Tensor) -> Callable:
         return (x, *arguments[1:])
 
     return hook
+
+
+@torch.no_grad()
+def flowing(view: View, paths: list[str], batches: list[dict]) -> Iterator[tuple[str, Tensor]]:
+    """The input rows of these layers on the data, without padding, batch by batch."""
+    for batch in batches:
+        with hearing({view.module(path): path for path in paths}) as heard:
+            view.model(**inputs(batch))
+        for path, (x, _) in heard.items():
+            yield path, real(x, batch.get("attention_mask")).float()
+
+
+def some(batches: list[dict], tokens: int) -> list[dict]:
+    """As many batches, evenly over all, as hold so many tokens; of images and the like each counts as so many."""
+
+    def size(batch: dict) -> int:
+        ids = batch.get("input_ids")
+        return examples_in(batch) * PATCHES if ids is None else ids.numel()
+
+    count = min(len(batches), max(1, round(len(batches) * tokens / max(1, sum(map(size, batches))))))
+    return [batches[index * len(batches) // count] for index in range(count)]
+
+
+def known_before(view: View, answered: list[tuple[str, object]], part: Part) -> dict:
+    """The forwards of the blocks before a part's own, which answer what they answered; none where it lies in none."""
+    known = {}
+    for block, output in answered:
+        if part.path.startswith(block + ".") or part.outputs[0].startswith(block + "."):
+            return known
+        known[view.module(block)] = lambda *args, output=output, **options: output
+    return {}

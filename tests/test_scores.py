@@ -8,10 +8,14 @@ import torch
 from compress.errors import CompressError
 from compress.outputs import run
 from compress.parts import heads_of
+from compress.probing import Answers
 from compress.scores.magnitude import head_norms, head_weights
 from compress.scoring import find, gate_gradients, names
 from compress.view import View
 from models import MODELS
+from planted import inducing
+
+SCORES = [name for name in names() if name != "retrieval"]  # which only decoders have
 
 
 def parts_of(model, unit="group"):
@@ -25,7 +29,7 @@ def scores(name, model, batch, unit="group"):
     return found.split([part.count for part in parts])
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "vit", "dit", "sd3"])
 def test_scores_leave_the_model_as_it_was(name, kind):
     model, batch = MODELS[kind]()
@@ -35,20 +39,20 @@ def test_scores_leave_the_model_as_it_was(name, kind):
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-    assert all((score >= 0).all() and score.isfinite().all() and score.sum() > 0 for score in found)
+    assert all((score >= 0).all() and score.isfinite().all() and score.max() > 0 for score in found)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", SCORES)
 def test_a_dead_head_scores_nothing(name):
     model, batch = MODELS["bert"]()
     at = View(model).attentions()[1]
     View(model).module(at.o).weight.data[:, 2 * at.value_dim : 3 * at.value_dim] = 0
     found = scores(name, model, batch)
-    assert abs(found[1][2]) < 1e-9
+    assert abs(found[1][2]) < 1e-6 * max(score.max() for score in found)
     assert found[1][2] == min(score.min() for score in found)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", SCORES)
 def test_scaling_values_up_and_the_output_down_changes_no_score(name):
     model, batch = MODELS["vit"]()
     found = scores(name, model, batch)
@@ -61,7 +65,7 @@ def test_scaling_values_up_and_the_output_down_changes_no_score(name):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", SCORES)
 def test_permuted_heads_permute_their_scores(name):
     model, batch = MODELS["vit"]()
     at = View(model).attentions()[0]
@@ -128,3 +132,42 @@ def test_the_norm_is_that_of_the_product(name):
         for head in range(at.heads):
             exact = (outputs[head].double() @ values[head].double()).norm().item()
             assert norms[head].item() == pytest.approx(exact, rel=1e-4)
+
+
+def test_a_planted_induction_head_is_found():
+    model = inducing()
+    found = find("retrieval")(View(model), parts_of(model), []).alone
+    assert found[2] > 0.9
+    assert found[[0, 1, 3]].max() < 0.1
+
+
+def test_models_without_decoders_are_refused_what_retrieves():
+    for kind in ("bert", "vit", "dit", "t5"):
+        model, batch = MODELS[kind]()
+        with pytest.raises(CompressError, match="only decoders"):
+            scores("retrieval", model, batch)
+
+
+def test_retrieval_leaves_the_model_as_it_was():
+    model, batch = MODELS["llama"]()
+    before = run(model, batch)
+    implementation = model.config._attn_implementation
+    assert all(score.shape == (2,) for score in scores("retrieval", model, batch))
+    assert torch.equal(run(model, batch), before)
+    assert model.config._attn_implementation == implementation
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_unit_that_others_can_stand_in_for_costs_nothing_to_leave_out():
+    model, batch = MODELS["vit"]()
+    model.double()
+    view, batch = View(model), {"pixel_values": batch["pixel_values"].double()}
+    at = view.attentions()[0]
+    width = at.value_dim
+    for path in (at.q, at.k, at.v):
+        for tensor in (view.module(path).weight.data, view.module(path).bias.data):
+            tensor[width : 2 * width] = tensor[:width]
+    found = scores("leave_one_out", model, batch)[0]
+    answers = Answers.of(model, [batch])
+    view.mask_heads(at, [1, 2, 3])
+    assert found[:2].max() < 1e-3 * answers.distance(model)

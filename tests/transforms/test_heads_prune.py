@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from compress.outputs import relative_error, run
+from compress.scoring import names
 from compress.transforms.heads.prune import Prune
 from compress.view import View
 from models import MODELS
+from planted import inducing
 
 
 def pruned(name, **options):
@@ -19,7 +21,7 @@ def pruned(name, **options):
     return model, batch, before, plan
 
 
-@pytest.mark.parametrize("score", ["fisher", "taylor", "magnitude"])
+@pytest.mark.parametrize("score", [name for name in names() if name != "retrieval"])
 @pytest.mark.parametrize("name", ["gpt2", "bert", "vit"])
 def test_a_dead_head_goes_first_without_a_trace(name, score):
     model, batch = MODELS[name]()
@@ -75,3 +77,27 @@ def test_repaired_it_answers_better_than_cut(name):
         model, batch, before, _ = pruned(name, keep=0.5, repair=fix, rounds=1)
         errors.append(relative_error(run(model, batch), before))
     assert errors[1] < errors[0]
+
+
+def test_auto_keeps_the_best_of_what_it_tried_and_says_so():
+    model, batch, _, plan = pruned("bert", keep=0.5, score="auto", rounds=1)
+    curves, taken = plan.notes["curves"], plan.notes["taken"]
+    assert len(curves) > 2
+    ends = {score: curve[-1][1] for score, curve in curves.items()}
+    assert ends[taken] == min(ends.values())
+    assert f"taken: {taken}" in plan.notes["remarks"][0]
+    again = pruned("bert", keep=0.5, score=taken, rounds=1)
+    assert again[3].edits == plan.edits
+    torch.testing.assert_close(run(model, batch), run(again[0], batch))
+
+
+def test_heads_that_retrieve_stay():
+    batch = {"input_ids": torch.arange(8, 40).repeat(2, 2)}
+    for protect, heads in ((None, [1]), (0.9, [0])):
+        model = inducing()
+        view = View(model)
+        method = Prune(keep=0.5, score="magnitude", protect=protect, repair=False)
+        plan = method.calibrate(view, method.plan(view), [batch])
+        path = view.attentions()[1].path
+        assert plan.edits.get(path, {"groups": [0, 1]})["groups"] == heads
+        assert any("retrieve" in remark for remark in plan.notes["remarks"]) == (protect is not None)

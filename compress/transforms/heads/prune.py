@@ -5,16 +5,24 @@ the pruned model `rounds` times. Then, layer by layer on what the layers before 
 solved for by least squares to give what the unchanged model gave, with or without the error that came from before,
 whichever brings the layer's answer nearer; the ridge is chosen on rows set apart. No labels, no training.
 
+Scores: `energy` (what the answers lose with the variation of what a head writes), `fisher` (half of the gates' Fisher
+information, with pairs), `taylor` (size of the gates' gradients), `leave_one_out` (measured with the head's layer refit
+without it), `variance` (of what is written, times the weights), `entropy` (change of the answers'), `magnitude`
+(weights alone, needs no data), `retrieval` (how surely a decoder's head finds what has to be copied). No score is the
+best at all budgets, so `auto` tries energy, fisher, leave_one_out and variance, and keeps what loses least on batches
+that took no part. `protect: 0.1` keeps heads that retrieve in a tenth of the cases.
+
 Under grouped-query attention a whole group goes (key-value head and its query heads), scored jointly; `unit: query`
 takes equally many query heads of every group instead, which is also what happens under multi-query attention.
 `layout: uniform` keeps the same share in every layer, so that many models load natively.
 
-When it hurts: the repair knows the calibration data only, so give some thousand tokens of the kind that the model
-will read. Small decoders with few key-value groups lose much with each group; `score: magnitude` works without any
-data, but sees neither attention nor data and repairs nothing.
+When it hurts: the repair knows the calibration data only, so give ten thousand tokens or more of the kind that the
+model will read. Small decoders with few key-value groups lose much with each group; `score: magnitude` without data
+sees neither attention nor data and repairs nothing.
 
 Papers: Michel, Levy, Neubig, "Are Sixteen Heads Really Better than One?", NeurIPS 2019; Park, Choi, Kang, "Accurate
-Retraining-free Pruning for Pretrained Encoder-based Language Models", ICLR 2024 (repair by least squares).
+Retraining-free Pruning for Pretrained Encoder-based Language Models", ICLR 2024 (repair by least squares); those of
+the scores stand in compress/scores.
 """
 
 from __future__ import annotations
@@ -34,7 +42,10 @@ class Prune(Transform):
     example: ClassVar[dict] = {"keep": 0.5, "score": "fisher"}
 
     keep: float = Field(0.9, gt=0, le=1, description="share of the heads (key-value groups) that stays")
-    score: Literal["fisher", "taylor", "magnitude"] = Field("fisher", description="what a head costs")
+    score: Literal[
+        "auto", "energy", "entropy", "fisher", "leave_one_out", "magnitude", "retrieval", "taylor", "variance"
+    ] = Field("auto", description="what a head costs; auto tries some and keeps the best on held-out data")
+    protect: float | None = Field(None, gt=0, le=1, description="keep heads that copy in this share of cases")
     layout: Literal["ragged", "uniform"] = Field("ragged", description="best heads overall, or equally many per layer")
     unit: Literal["group", "query"] = Field("group", description="remove key-value groups, or queries of every group")
     rounds: int = Field(2, ge=1, description="times that scores are asked, each on the model pruned so far")
@@ -42,8 +53,8 @@ class Prune(Transform):
 
     @property
     def needs_data(self) -> bool:
-        """Do scores look at data?"""
-        return self.score != "magnitude"
+        """Do scores look at data? What retrieves is asked with them."""
+        return self.score != "magnitude" or self.protect is not None
 
     @property
     def uses_data(self) -> bool:
