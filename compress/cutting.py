@@ -11,20 +11,22 @@ from torch import Tensor
 from compress.basis import put
 from compress.errors import CompressError
 from compress.mixing import apart
-from compress.parts import Part, kept
+from compress.parts import Part, bring_forward, channels_of, kept
 from compress.probing import Answers
 from compress.progress import say
 from compress.quick import quick_products
 from compress.repair import repair, without
+from compress.savings import budget
 from compress.scoring import Scores, find, some
 from compress.selection import cheapest
-from compress.view import View
+from compress.view import MLP, View
 
 if TYPE_CHECKING:
     from compress.transforms.heads.prune import Prune
 
 Weights = dict[str, dict[str, Tensor]]  # of output projections
-SEARCH, FINISH = 2**14, 2**16  # tokens for scores and repairs while searching, and for the last repair
+SEARCH, FINISH = 2**13, 2**15  # tokens for scores and repairs while searching, and for the last repair
+ONE_BY_ONE = 400  # units that auto leaves out one by one, at most
 PORTFOLIO = ("energy", "fisher", "leave_one_out", "variance")  # what auto tries
 
 
@@ -36,7 +38,7 @@ class Cut:
         seen, held = apart(batches)
         self.few, self.many = some(seen, SEARCH), some(seen, FINISH)
         self.counts = [part.count for part in parts]
-        self.lose, self.costs, self.goal = method.budget(parts)
+        self.lose, self.costs, self.goal = budget(method, view, parts, batches[0])
         self.fixed = protected(method, view, parts)
         self.answers = Answers.of(view.model, held)
         self.original = self.weights()
@@ -93,6 +95,15 @@ class Cut:
         return 1 - sum(costs[unit] for unit in gone) / sum(costs)
 
 
+def sliced(view: View, mlps: list[MLP], batches: list[dict]) -> list[Part]:
+    """The MLPs with their channels in slices of such as matter alike."""
+    single = [Part(mlp, (mlp.down,), tuple(range(mlp.width)), mlp.width) for mlp in mlps]
+    if not single:
+        return []
+    found = find("variance")(view, single, some(batches, SEARCH)).alone.split([part.count for part in single])
+    return [channels_of(mlp, alone.argsort(descending=True)) for mlp, alone in zip(mlps, found, strict=True)]
+
+
 def protected(method: Prune, view: View, parts: list[Part]) -> list[int]:
     """The units that must stay because they retrieve."""
     if method.protect is None:
@@ -100,11 +111,19 @@ def protected(method: Prune, view: View, parts: list[Part]) -> list[int]:
     return (find("retrieval")(view, parts, []).alone >= method.protect).nonzero().flatten().tolist()
 
 
+def portfolio(method: Prune, parts: list[Part]) -> tuple[str, ...]:
+    """The scores to try; leaving out one by one only as far as that ends in time."""
+    if method.score != "auto":
+        return (method.score,)
+    few = sum(part.count for part in parts) <= ONE_BY_ONE
+    return tuple(name for name in PORTFOLIO if few or name != "leave_one_out")
+
+
 @torch.no_grad()
 def cut(method: Prune, view: View, parts: list[Part], batches: list[dict]) -> tuple[dict[str, list[int]], dict]:
     """The units that stay and notes; the output projections are left repaired, with nothing read of what goes."""
     work, tried, best = Cut(method, view, parts, batches), {}, None
-    for score in PORTFOLIO if method.score == "auto" else (method.score,):
+    for score in portfolio(method, parts):
         gone, curve = work.search(score)
         if not gone:
             raise CompressError("heads.prune: nothing can go; keep, protect or except leave no head to remove")
@@ -119,7 +138,16 @@ def cut(method: Prune, view: View, parts: list[Part], batches: list[dict]) -> tu
         tried[score][-1] = (work.left(gone), work.answers.distance(view.model))
     losses = ", ".join(f"{name} {curve[-1][1]:.3g}" for name, curve in tried.items())
     remark = f"loss on held-out data {losses}" + (f"; taken: {score}" if len(tried) > 1 else "")
-    notes = {"curves": tried, "taken": score, "remarks": [remark]}
+    left = kept(parts, gone)
+    for part in parts:
+        if isinstance(part.owner, MLP) and len(left[part.path]) < part.count:
+            bring_forward(view, part.owner, part.chosen(left[part.path]))
+    notes = {
+        "curves": tried,
+        "taken": score,
+        "remarks": [remark],
+        "units that stay": {p: len(own) for p, own in left.items()},
+    }
     if work.fixed:
         notes["remarks"].append(f"{len(work.fixed)} heads or groups retrieve and stay")
-    return kept(parts, gone), notes
+    return left, notes

@@ -50,13 +50,16 @@ def choose_format(model: nn.Module, library: str, steps: list[dict], wanted: str
 
 def native_config(model: nn.Module):
     """A config of this model's own class that gives exactly these shapes (before quantization), or None."""
-    config = copy.deepcopy(model.config)
-    attentions = View(model).attentions()
+    config, view = copy.deepcopy(model.config), View(model)
+    attentions = view.attentions()
     shapes = {(attention.heads, attention.kv_heads, attention.head_dim) for attention in attentions}
     if len(shapes) == 1 and hasattr(config, "head_dim"):
         config.num_attention_heads, kv_heads, config.head_dim = shapes.pop()
         if hasattr(config, "num_key_value_heads"):
             config.num_key_value_heads = kv_heads
+    widths = {mlp.width for mlp in view.mlps()}
+    if len(widths) == 1 and hasattr(config, "intermediate_size"):
+        config.intermediate_size = widths.pop()
     try:
         with torch.device("meta"):
             empty = type(model)._from_config(config)

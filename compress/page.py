@@ -53,6 +53,7 @@ def page(report: Report) -> str:
         _table(LEDGER, report.step_rows()),
         *_waterfall(report),
         *[plot for step in report.steps if "allocation" in step["notes"] for plot in _allocation(step)],
+        *[_rounds(step) for step in report.steps if "curves" in step["notes"]],
         "<h2>Layers</h2>" if report.layers or _scores(report) else "",
         *_layers(report),
         *[bars(title, [(path, value, value, human(value)) for path, value in rows]) for title, rows in _scores(report)],
@@ -119,6 +120,16 @@ def _allocation(step: dict) -> list[str]:
         cells(f"{step['use']}: bits of every layer, {told['average']:.3g} a weight on average", dict(grid)),
         curve(title + dots, told["curve"], marks, told["unit"]),
     ]
+
+
+def _rounds(step: dict) -> str:
+    """What pruning cost round by round with the score that was taken, and in the end with the others."""
+    told = step["notes"]["curves"]
+    marks = {name: tuple(rounds[-1]) for name, rounds in told.items()}
+    title = (
+        f"{step['use']}: loss on held-out data for the share that stays; line: the rounds by {step['notes']['taken']}"
+    )
+    return curve(title, [tuple(point) for point in told[step["notes"]["taken"]]], marks, "share")
 
 
 def _layers(report: Report) -> list[str]:

@@ -19,7 +19,7 @@ from compress.outputs import inputs, objective
 from compress.probing import frozen
 from compress.repair import hearing
 
-PROBE = 2**12  # tokens that answers are measured on, for each unit
+PROBE = 2**10  # tokens that answers are measured on, for each unit
 PATCHES = 256  # tokens that an image counts as
 
 if TYPE_CHECKING:

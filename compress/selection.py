@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
 
 from compress.errors import CompressError
 from compress.transform import Transform
-from compress.view import Attention, View
+from compress.view import MLP, Attention, View
 
 
 def prunable(view: View, method: Transform) -> tuple[dict[str, Attention], dict[str, str]]:
@@ -27,6 +27,19 @@ def prunable(view: View, method: Transform) -> tuple[dict[str, Attention], dict[
     if method.only and refused:
         path, why = next(iter(refused.items()))
         raise CompressError(f"heads cannot be removed from {path}: {why}")
+    return taken, refused
+
+
+def narrowable(view: View, method: Transform, heads: Container[str]) -> tuple[list[MLP], dict[str, str]]:
+    """The MLPs that can lose channels, and why the others cannot; edits of modules with heads are those of heads."""
+    taken, refused = [], {}
+    for mlp in view.mlps():
+        if not method.takes(mlp.path):
+            continue
+        if mlp.refusal or mlp.path in heads:
+            refused[mlp.path] = mlp.refusal or "its module is that of an attention"
+        else:
+            taken.append(mlp)
     return taken, refused
 
 
@@ -82,18 +95,3 @@ def cheapest(
 def placeholder(counts: Sequence[int]) -> Tensor:
     """Losses before any is known: they fall from unit to unit alike in every part, so that cuts come out even."""
     return torch.cat([torch.linspace(1, 0, count + 1)[:count] for count in counts])
-
-
-def edits(attentions: Mapping[str, Attention], kept: Mapping[str, list[int]], unit: str) -> dict[str, dict]:
-    """The plan's settings of every attention that loses something."""
-    result = {}
-    for path, units in kept.items():
-        attention = attentions[path]
-        if len(units) == unit_count(attention, unit):
-            continue
-        groups = by_group(attention, unit)
-        result[path] = {
-            "groups": units if groups else list(range(attention.kv_heads)),
-            "queries": None if groups else units,
-        }
-    return result

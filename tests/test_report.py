@@ -301,3 +301,14 @@ def test_page_draws_an_allocation_of_bits_and_its_curve():
 def test_page_of_an_empty_report_has_no_plots():
     text = page(report(steps=[], measures=[], verified={}))
     assert "<svg" not in text and "not verified" in text
+
+
+def test_page_draws_what_pruning_cost_round_by_round():
+    curves = {"fisher": [[0.9, 0.01], [0.8, 0.05]], "energy": [[0.9, 0.02], [0.8, 0.04]]}
+    step = report().steps[0] | {"notes": {"curves": curves, "taken": "energy"}}
+    text = page(report(steps=[step]))
+    assert "line: the rounds by energy" in text
+    assert "fisher: 0.8" in text and "energy: 0.8" in text
+    (line,) = re.findall(r'<polyline class="line" points="([^"]+)"', text)
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    assert len(heights) == 2 and heights[0] != heights[1]

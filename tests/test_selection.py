@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.parts import heads_of, kept
-from compress.selection import cheapest, edits, placeholder, quotas, unit_count
+from compress.parts import edits, heads_of, kept
+from compress.selection import cheapest, placeholder, quotas, unit_count
 from compress.structure import Attention
 
 
@@ -85,8 +85,9 @@ def test_a_group_is_scored_jointly():
 
 def test_edits_name_only_what_changes():
     known = {"a": attention(4, 2, "a"), "b": attention(4, 2, "b")}
-    assert edits(known, {"a": [0, 1], "b": [1]}, "group") == {"b": {"groups": [1], "queries": None}}
-    assert edits(known, {"a": [0], "b": [0, 1]}, "query") == {"a": {"groups": [0, 1], "queries": [0]}}
+    groups, queries = ([heads_of(at, unit) for at in known.values()] for unit in ("group", "query"))
+    assert edits(groups, {"a": [0, 1], "b": [1]}) == {"b": {"groups": [1], "queries": None}}
+    assert edits(queries, {"a": [0], "b": [0, 1]}) == {"a": {"groups": [0, 1], "queries": [0]}}
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.9])

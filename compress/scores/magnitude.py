@@ -23,9 +23,9 @@ def score(view: View, parts: list[Part], batches: list[dict]) -> Scores:
         if isinstance(part.owner, Attention):
             found = part.fold_heads(head_norms(view, part.owner).square()).sqrt()
         else:
-            ups = torch.stack([weight_of(view.module(path)).float().square().sum(1) for path in part.owner.up])
-            ups = ups.unflatten(-1, (-1, part.count)).flatten(0, -2).sum(0)
-            found = (ups * weight_of(view.module(part.owner.down)).float().square().sum(0)).sqrt()
+            ups = [weight_of(view.module(path)).float().square().sum(1) for path in part.owner.up]
+            read = torch.cat(ups).unflatten(0, (-1, part.owner.width)).sum(0)
+            found = part.fold(read * weight_of(view.module(part.owner.down)).float().square().sum(0)).sqrt()
         norms.append(found / found.max().clamp_min(1e-30))
     return Scores(torch.cat(norms).detach().cpu())
 

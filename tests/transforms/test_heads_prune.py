@@ -3,10 +3,15 @@
 import pytest
 import torch
 
+from compress.errors import CompressError
+from compress.flops import count
+from compress.formats import native_config
 from compress.outputs import relative_error, run
+from compress.parts import bring_forward, channels_of, heads_of
+from compress.savings import seconds
 from compress.scoring import names
 from compress.transforms.heads.prune import Prune
-from compress.view import View
+from compress.view import MLP, View
 from models import MODELS
 from planted import inducing
 
@@ -101,3 +106,86 @@ def test_heads_that_retrieve_stay():
         path = view.attentions()[1].path
         assert plan.edits.get(path, {"groups": [0, 1]})["groups"] == heads
         assert any("retrieve" in remark for remark in plan.notes["remarks"]) == (protect is not None)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "t5", "flux", "opt"])
+def test_channels_that_come_first_change_no_answer(name):
+    model, batch = MODELS[name]()
+    before, view = run(model, batch), View(model)
+    chosen = torch.rand(view.mlps()[0].width, generator=torch.Generator().manual_seed(0)) < 0.5
+    for mlp in view.mlps():
+        old = view.module(mlp.down).weight.clone()
+        bring_forward(view, mlp, chosen)
+        assert not torch.equal(view.module(mlp.down).weight, old)
+    assert relative_error(run(model, batch), before) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "vit"])
+def test_channels_of_mlps_go_in_slices(name):
+    model, batch, before, plan = pruned(name, keep=0.5, include=("mlp",))
+    assert set(plan.edits) <= {mlp.path for mlp in View(model).mlps()}
+    assert all(edit["width"] % 8 == 0 for edit in plan.edits.values())
+    assert sum(mlp.width for mlp in View(model).mlps()) == 64
+    assert relative_error(run(model, batch), before) < 1
+
+
+def test_idle_channels_go_first_without_a_trace():
+    model, batch = MODELS["vit"]()
+    view = View(model)
+    idle = torch.arange(64) % 8 == 3
+    view.module(view.mlps()[1].down).weight.data[:, idle] = 0
+    before = run(model, batch)
+    method = Prune(keep=15 / 16, include=("mlp",), score="energy")
+    plan = method.calibrate(view, method.plan(view), [batch])
+    assert plan.edits == {view.mlps()[1].path: {"width": 56}}
+    method.apply(view, plan)
+    assert relative_error(run(model, batch), before) < 1e-4
+
+
+@pytest.mark.parametrize("include", [("heads",), ("heads", "mlp")])
+@pytest.mark.parametrize("name", ["bert", "swin", "dit"])
+def test_a_budget_of_operations_is_kept_and_not_by_much(name, include):
+    model, batch = MODELS[name]()
+    whole = count(model, batch)
+    pruned_, *_ = pruned(name, flops=0.8, include=include, score="fisher", repair=False)
+    assert 0.7 < count(pruned_, batch) / whole <= 0.8
+
+
+def test_budgets_that_cannot_be_kept_and_two_budgets_are_refused():
+    view = View(MODELS["bert"]()[0])
+    with pytest.raises(CompressError, match=r"flops is 0.1, with one unit a layer it is 0\.\d"):
+        Prune(flops=0.1).plan(view)
+    with pytest.raises(CompressError, match="keep and flops are given"):
+        Prune(flops=0.9, keep=0.5).plan(view)
+    with pytest.raises(CompressError, match="protect is about heads"):
+        Prune(protect=0.1, include=("mlp",)).plan(view)
+
+
+def test_time_is_what_a_unit_saves_here(monkeypatch):
+    from compress_kernels import timing
+
+    model, batch = MODELS["bert"]()
+    view = View(model)
+    clock = {"heads": 0.8, "mlp": 0.6, None: 1.0}
+
+    def paired(calls, **options):
+        kinds = [kind if kind is None else "mlp" if kind[0] is MLP else "heads" for kind in calls]
+        assert all(torch.is_tensor(call()) for call in calls.values())
+        return dict(zip(calls, map(clock.get, kinds)))
+
+    monkeypatch.setattr(timing, "paired", paired)
+    parts = [heads_of(attention, "group") for attention in view.attentions()]
+    parts += [channels_of(mlp, torch.arange(mlp.width)) for mlp in view.mlps()]
+    costs, whole = seconds(view, parts, batch)
+    assert whole == 1
+    assert costs == pytest.approx([0.2 / 4] * 2 + [0.4 / 8] * 2)
+    clock.update(heads=1.1, mlp=1.2)
+    with pytest.raises(CompressError, match="no faster"):
+        seconds(view, parts, batch)
+
+
+def test_uniform_cuts_of_heads_and_channels_are_an_ordinary_config():
+    model, batch, *_ = pruned("llama", keep=0.5, layout="uniform", include=("heads", "mlp"), score="fisher")
+    config = native_config(model)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (2, 1, 32)
+    assert config.head_dim == 8

@@ -16,6 +16,10 @@ Under grouped-query attention a whole group goes (key-value head and its query h
 takes equally many query heads of every group instead, which is also what happens under multi-query attention.
 `layout: uniform` keeps the same share in every layer, so that many models load natively.
 
+One budget: `keep` (share of the heads), `flops` or `latency` (shares of the model's operations or measured time; a unit
+may cost the more the more it saves). `include: [heads, mlp]` lets channels of MLPs go by the same scores and repair, in
+slices of such as matter alike, so that widths stay multiples of eight.
+
 When it hurts: the repair knows the calibration data only, so give ten thousand tokens or more of the kind that the
 model will read. Small decoders with few key-value groups lose much with each group; `score: magnitude` without data
 sees neither attention nor data and repairs nothing.
@@ -29,8 +33,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from compress.parts import Part, heads_of, kept
-from compress.selection import cheapest, edits, placeholder, prunable, quotas
+from compress.errors import CompressError
+from compress.parts import Part, channels_of, edits, heads_of, keep, kept, mask
+from compress.selection import cheapest, narrowable, placeholder, prunable
 from compress.transform import Field, Plan, Transform
 from compress.view import View
 
@@ -39,9 +44,16 @@ class Prune(Transform):
     """Head pruning by pluggable scores with closed-form repair."""
 
     neutral: ClassVar[dict] = {"keep": 1.0}
-    example: ClassVar[dict] = {"keep": 0.5, "score": "fisher"}
+    example: ClassVar[dict] = {"keep": 0.5, "score": "fisher", "include": ("heads", "mlp")}
 
-    keep: float = Field(0.9, gt=0, le=1, description="share of the heads (key-value groups) that stays")
+    keep: float = Field(
+        0.9, gt=0, le=1, description="budget: share of the heads, with mlp of their weights, that stays"
+    )
+    flops: float | None = Field(None, gt=0, le=1, description="budget: share of the model's operations")
+    latency: float | None = Field(None, gt=0, le=1, description="budget: share of the model's time, measured here")
+    include: tuple[Literal["heads", "mlp"], ...] = Field(
+        ("heads",), min_length=1, description="what goes: heads, or channels of MLPs in slices (mlp), or both"
+    )
     score: Literal[
         "auto", "energy", "entropy", "fisher", "leave_one_out", "magnitude", "retrieval", "taylor", "variance"
     ] = Field("auto", description="what a head costs; auto tries some and keeps the best on held-out data")
@@ -54,7 +66,7 @@ class Prune(Transform):
     @property
     def needs_data(self) -> bool:
         """Do scores look at data? What retrieves is asked with them."""
-        return self.score != "magnitude" or self.protect is not None
+        return self.score != "magnitude" or self.protect is not None or "mlp" in self.include
 
     @property
     def uses_data(self) -> bool:
@@ -62,8 +74,13 @@ class Prune(Transform):
         return self.needs_data or self.repair
 
     def plan(self, view: View) -> Plan:
-        taken, refused = prunable(view, self)
-        parts = [heads_of(attention, self.unit) for attention in taken.values()]
+        import torch
+
+        from compress.savings import budget
+
+        self.check()
+        heads, mlps, refused = self.taken(view)
+        parts = heads + [channels_of(mlp, torch.arange(mlp.width)) for mlp in mlps]
         if not parts:
             return Plan({}, notes={"refused": refused})
         counts = [part.count for part in parts]
@@ -73,32 +90,40 @@ class Prune(Transform):
             from compress.scores.magnitude import score
 
             alone = score(view, parts, []).alone
-        lose, costs, goal = self.budget(parts)
+        lose, costs, goal = budget(self, view, parts, None)
         gone = cheapest(alone, None, counts, costs, lose, goal)
-        return Plan(edits(taken, kept(parts, gone), self.unit), notes={"refused": refused})
+        return Plan(edits(parts, kept(parts, gone)), notes={"refused": refused})
 
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
-        from compress.cutting import cut
+        from compress.cutting import cut, sliced
 
         if not plan.edits:
             return plan
-        taken, _ = prunable(view, self)
-        parts = [heads_of(attention, self.unit) for attention in taken.values()]
-        stay, notes = cut(self, view, parts, batches)
-        return Plan(edits(taken, stay, self.unit), notes=plan.notes | notes)
+        heads, mlps, _ = self.taken(view)
+        parts = heads + sliced(view, mlps, batches)
+        left, notes = cut(self, view, parts, batches)
+        return Plan(edits(parts, left), notes=plan.notes | notes)
 
-    def budget(self, parts: list[Part]) -> tuple[list[int], list[float], float]:
-        """How many units each part may lose, what one of them saves, and how much is to be saved."""
-        counts = [part.count for part in parts]
-        lose = quotas(counts, self.keep, self.layout)
-        least = sum(lose) if self.layout == "uniform" else sum(counts) - max(len(parts), round(self.keep * sum(counts)))
-        return lose, [1.0] * len(parts), least
+    def check(self) -> None:
+        """Refuse options that exclude each other."""
+        given = [name for name in ("keep", "flops", "latency") if name in self.model_fields_set]
+        if len(given) > 1:
+            raise CompressError(f"heads.prune: {' and '.join(given)} are given, it must be one of them")
+        if self.protect is not None and "heads" not in self.include:
+            raise CompressError("heads.prune: protect is about heads, and include leaves them out")
+
+    def taken(self, view: View) -> tuple[list[Part], list, dict[str, str]]:
+        """The attentions and MLPs that can lose something, and why others cannot."""
+        attentions, refused = prunable(view, self) if "heads" in self.include else ({}, {})
+        heads = [heads_of(attention, self.unit) for attention in attentions.values()]
+        if "mlp" not in self.include:
+            return heads, [], refused
+        mlps, others = narrowable(view, self, [attention.path for attention in view.attentions()])
+        return heads, mlps, refused | others
 
     def mask(self, view: View, plan: Plan) -> bool:
-        for path, settings in plan.edits.items():
-            view.mask_heads(view.attention(path), settings["groups"], settings["queries"])
+        mask(view, plan.edits)
         return True
 
     def apply(self, view: View, plan: Plan) -> None:
-        for path, settings in plan.edits.items():
-            view.keep_heads(view.attention(path), settings["groups"], settings["queries"])
+        keep(view, plan.edits)
