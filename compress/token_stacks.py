@@ -41,20 +41,23 @@ def grid(view: View, block: Block) -> int | str:
     return patch_size(config)
 
 
-def hand_on_fewer(view: View, edits: dict[str, dict], core: Callable, hooks: Callable) -> None:
+def hand_on_fewer(
+    view: View, edits: dict[str, dict], cores: Callable, hooks: Callable, state: type[Tokens] = Tokens
+) -> None:
     """Let these blocks hand on fewer tokens, and the last of their stack all of them again.
 
-    `core(tokens, edit)` makes the attention core of a block and `hooks(tokens, edit)` what shrinks its tokens, where
-    it has an edit.
+    `cores(tokens, edit)` makes the attention cores of a block, the innermost first, and `hooks(tokens, edit)` what
+    shrinks its tokens, where it has an edit.
     """
     attentions = {attention.path: attention for attention in view.attentions()}
     for blocks in stacks(view).values():
         if not any(block.path in edits for block in blocks):
             continue
-        tokens = Tokens()
+        tokens = state()
         for block in blocks:
             module, edit = view.module(block.path), edits.get(block.path)
-            attend_through(view, attentions[block.attentions[0]], core(tokens, edit))
+            for core in cores(tokens, edit):
+                attend_through(view, attentions[block.attentions[0]], core)
             module.merge = part = MergeAfter(tokens, None) if edit is None else hooks(tokens, edit)
             if block is blocks[0]:
                 module.register_forward_pre_hook(part.start)
@@ -66,7 +69,6 @@ def hand_on_fewer(view: View, edits: dict[str, dict], core: Callable, hooks: Cal
                 module.register_forward_hook(part.restore)
 
 
-def proportional(edits: dict[str, dict]) -> Callable:
-    """The core that lets every token weigh as many as it stands for, where the edits ask for it."""
-    weigh = next(iter(edits.values()))["proportional"]
-    return lambda tokens, edit: Sized(tokens, weigh)
+def weighing(edits: dict[str, dict]) -> Callable:
+    """Makes the core that lets every token weigh as many as it stands for, where the edits ask for it."""
+    return lambda tokens, edit: (Sized(tokens, next(iter(edits.values()))["proportional"]),)

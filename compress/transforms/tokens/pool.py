@@ -26,7 +26,7 @@ from compress.errors import CompressError
 from compress.nn.token_pool import PoolAfter
 from compress.nn.window import ImageSize
 from compress.token_layout import watch
-from compress.token_stacks import chosen, grid, hand_on_fewer, proportional, shrinkable
+from compress.token_stacks import chosen, grid, hand_on_fewer, shrinkable, weighing
 from compress.transform import Field, Plan, Transform
 from compress.transforms.tokens.merge import stacks
 from compress.view import View
@@ -70,5 +70,5 @@ class Pool(Transform):
         def hooks(tokens, edit):
             return PoolAfter(tokens, size, **{key: edit[key] for key in ("first", "patch", "times")})
 
-        hand_on_fewer(view, plan.edits, proportional(plan.edits), hooks)
+        hand_on_fewer(view, plan.edits, weighing(plan.edits), hooks)
         watch(view, list(plan.edits), size)
