@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from compress.transforms.heads.prune import Prune
 
 Weights = dict[str, dict[str, Tensor]]  # of output projections
-SEARCH, FINISH = 2**13, 2**15  # tokens for scores and repairs while searching, and for the last repair
+SEARCH, FINISH, JUDGE = 2**13, 2**15, 2**13  # tokens: of scores and repairs, of the last repair, and to choose by
 ONE_BY_ONE = 400  # units that auto leaves out one by one, at most
 PORTFOLIO = ("energy", "fisher", "leave_one_out", "variance")  # what auto tries
 
@@ -40,8 +41,9 @@ class Cut:
         self.counts = [part.count for part in parts]
         self.lose, self.costs, self.goal = budget(method, view, parts, batches[0])
         self.fixed = protected(method, view, parts)
-        self.answers = Answers.of(view.model, held)
-        self.original = self.weights()
+        with quick_products():
+            self.answers = Answers.of(view.model, some(held, JUDGE))
+        self.original, self.targets = self.weights(), {}
 
     def weights(self) -> Weights:
         """The weights of all output projections as they are now."""
@@ -69,7 +71,7 @@ class Cut:
             if len(more) > len(gone):
                 gone = more
                 self.remove(gone, self.few)
-                curve.append((self.left(gone), self.answers.distance(self.view.model)))
+                curve.append((self.left(gone), self.loss()))
         return gone, curve
 
     @quick_products()
@@ -77,8 +79,8 @@ class Cut:
         """What each unit costs now."""
         return find(name)(self.view, self.parts, self.few)
 
-    def remove(self, gone: Iterable[int], batches: list[dict]) -> dict[str, dict]:
-        """Cut these units out of the original model and repair it; what came of each projection."""
+    def remove(self, gone: Iterable[int], batches: list[dict]) -> None:
+        """Cut these units out of the original model and repair it."""
         self.restore(self.original)
         left = kept(self.parts, gone)
         stay = {
@@ -87,7 +89,12 @@ class Cut:
             if len(left[part.path]) < part.count
             for path in part.outputs
         }
-        return repair(self.view, stay, batches) if self.method.repair else without(self.view, stay)
+        self.targets = repair(self.view, stay, batches) if self.method.repair else without(self.view, stay)
+
+    @quick_products()
+    def loss(self) -> float:
+        """How far the answers to held-out batches are from the original's."""
+        return self.answers.distance(self.view.model)
 
     def left(self, gone: Iterable[int]) -> float:
         """The share of all units' cost that stays."""
@@ -130,24 +137,29 @@ def cut(method: Prune, view: View, parts: list[Part], batches: list[dict]) -> tu
         tried[score] = curve
         say(f"heads.prune: by {score} the loss is {curve[-1][1]:.4g}")
         if best is None or curve[-1][1] < tried[best[0]][-1][1]:
-            best = (score, gone, work.weights())
-    score, gone, weights = best
+            best = (score, gone, work.weights(), work.targets)
+    score, gone, weights, targets = best
     work.restore(weights)
     if method.repair and len(work.many) > len(work.few):
         work.remove(gone, work.many)
-        tried[score][-1] = (work.left(gone), work.answers.distance(view.model))
-    losses = ", ".join(f"{name} {curve[-1][1]:.3g}" for name, curve in tried.items())
-    remark = f"loss on held-out data {losses}" + (f"; taken: {score}" if len(tried) > 1 else "")
+        tried[score][-1], targets = (work.left(gone), work.loss()), work.targets
     left = kept(parts, gone)
     for part in parts:
         if isinstance(part.owner, MLP) and len(left[part.path]) < part.count:
             bring_forward(view, part.owner, part.chosen(left[part.path]))
-    notes = {
-        "curves": tried,
-        "taken": score,
-        "remarks": [remark],
-        "units that stay": {p: len(own) for p, own in left.items()},
-    }
-    if work.fixed:
-        notes["remarks"].append(f"{len(work.fixed)} heads or groups retrieve and stay")
-    return left, notes
+    notes = {"curves": tried, "taken": score, "units that stay": {path: len(units) for path, units in left.items()}}
+    return left, notes | {"remarks": told(tried, score, targets, len(work.fixed))}
+
+
+def told(tried: dict[str, list], taken: str, targets: dict[str, str], protected: int) -> list[str]:
+    """The outcome in words."""
+    losses = ", ".join(f"{name} {curve[-1][1]:.3g}" for name, curve in tried.items())
+    lines = [f"loss on held-out data {losses}" + (f"; taken: {taken}" if len(tried) > 1 else "")]
+    if targets:
+        counts = ", ".join(f"{number} {name}" for name, number in Counter(targets.values()).most_common())
+        lines.append(
+            f"output projections refit to what the original's gave (local), with what came before (stream): {counts}"
+        )
+    if protected:
+        lines.append(f"{protected} heads or groups retrieve and stay")
+    return lines

@@ -87,8 +87,8 @@ class Pair:
     mask: Tensor | None
 
 
-def repair(view: View, jobs: dict[str, Tensor], batches: list[dict]) -> dict[str, dict]:
-    """Let output projections (path -> which inputs stay) do without the others, and refit them; what came of each.
+def repair(view: View, jobs: dict[str, Tensor], batches: list[dict]) -> dict[str, str]:
+    """Let output projections (path -> which inputs stay) do without the others, and refit them; the target of each.
 
     Only values change: inputs that go have zero weights. Projections outside of chains of blocks come last, each in
     passes over the whole model.
@@ -108,7 +108,7 @@ def repair(view: View, jobs: dict[str, Tensor], batches: list[dict]) -> dict[str
     return notes
 
 
-def without(view: View, jobs: dict[str, Tensor]) -> dict[str, dict]:
+def without(view: View, jobs: dict[str, Tensor]) -> dict[str, str]:
     """The same without refitting."""
     for path, stay in jobs.items():
         silence(view.module(path), stay)
@@ -145,56 +145,55 @@ def along(view: View, inside: dict[str, list[str]], calls: list[list[Call]], bat
 @torch.no_grad()
 def mend(
     block: nn.Module, clean: nn.Module, jobs: dict[str, Tensor], pairs: list[Pair]
-) -> tuple[dict[str, dict], list[list[Tensor]], list[list[Tensor]]]:
+) -> tuple[dict[str, str], list[list[Tensor]], list[list[Tensor]]]:
     """Refit projections of a block in the order of their use; notes, and the answers of both blocks."""
-    notes: dict[str, dict] = {}
-    targets: dict[str, list[Tensor]] = {}
+    notes: dict[str, str] = {}
+    targets: dict[str, list[list[Tensor]]] = {}  # of every batch and use
     wanted = []
     for pair in pairs:
         with hearing({clean.get_submodule(name): name for name in jobs}) as heard:
             wanted.append(answers(clean, pair.clean))
-        for name, (_, y) in heard.items():
-            targets.setdefault(name, []).append(y)
+        for name, uses in heard.items():
+            targets.setdefault(name, []).append([y for _, y in uses])
     for name, stay in jobs.items():
         silence(block.get_submodule(name), stay)
     for name, ys in targets.items():
         module, stay = block.get_submodule(name), jobs[name]
         found = gather(block, module, ys, pairs)
-        old, ways = stacked(module), {}
-        for target, moments in found.items():
-            new, ridge, left = refit(moments, stacked(module), stay, module.bias is not None)
-            ways[target] = (new, {"target": target, "ridge": ridge, "error": left})
-        ways = {"as it is": (old, {"target": "as it is"})} | ways
-        scores = {}
-        for target, (new, _) in ways.items():
+        old, scores = stacked(module), {}
+        ways = {"as it is": old} | {
+            target: refit(moments, old, stay, module.bias is not None)[0] for target, moments in found.items()
+        }
+        for target, new in ways.items():
             write(module, new)
             scores[target] = sum(distance(answers(block, p.ours), w) for p, w in list(zip(pairs, wanted))[::4])
-        best = min(scores, key=scores.get)
-        write(module, ways[best][0])
-        notes[name] = ways[best][1] | {"scores": scores}
+        notes[name] = min(scores, key=scores.get)
+        write(module, ways[notes[name]])
     return notes, wanted, [answers(block, pair.ours) for pair in pairs]
 
 
-def gather(block: nn.Module, module: nn.Module, ys: list[Tensor], pairs: list[Pair]) -> dict[str, Moments]:
+def gather(block: nn.Module, module: nn.Module, ys: list[list[Tensor]], pairs: list[Pair]) -> dict[str, Moments]:
     """The moments of a projection's inputs in our block against both targets."""
     found, chance = {"local": Moments()}, torch.Generator().manual_seed(0)
-    for pair, y in zip(pairs, ys, strict=True):
-        with hearing({module: ""}, stop=True) as heard:
+    for pair, uses in zip(pairs, ys, strict=True):
+        with hearing({module: ""}, stop=len(uses)) as heard:
             answers(block, pair.ours)
-        x, _ = heard[""]
-        keep = real(x, pair.mask)
-        x, y_local = x.flatten(0, -2)[keep].float(), y.flatten(0, -2)[keep].float()
-        held = torch.rand(len(x), generator=chance).to(x.device) < 1 / HELD
-        found["local"].add(x, y_local, held)
-        before = [
-            (one, two)
-            for one, two in zip(tensors(tuple(pair.clean)), tensors(tuple(pair.ours)), strict=True)
-            if one.is_floating_point() and one.shape == y.shape
-        ]
-        if before:
-            drift = (before[0][0] - before[0][1]).flatten(0, -2)[keep].float()
-            found.setdefault("stream", Moments()).add(x, y_local + drift, held)
+        for (x, _), y in zip(heard[""], uses, strict=True):
+            keep = real(x, pair.mask)
+            rows, wanted = x.flatten(0, -2)[keep].float(), y.flatten(0, -2)[keep].float()
+            held = torch.rand(len(rows), generator=chance).to(x.device) < 1 / HELD
+            found["local"].add(rows, wanted, held)
+            if len(uses) == 1 and (off := drift(pair, y)) is not None:
+                found.setdefault("stream", Moments()).add(rows, wanted + off.flatten(0, -2)[keep].float(), held)
     return found
+
+
+def drift(pair: Pair, like: Tensor) -> Tensor | None:
+    """What the blocks before have changed of the stream that a projection of this shape writes to."""
+    for one, two in zip(tensors(tuple(pair.clean)), tensors(tuple(pair.ours)), strict=True):
+        if one.is_floating_point() and one.shape == like.shape:
+            return one - two
+    return None
 
 
 def real(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -211,13 +210,14 @@ def distance(ours: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 @contextmanager
-def hearing(modules: dict[nn.Module, str], stop: bool = False) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """What goes into and comes out of these modules, by name, in the order of their use; with `stop` no more runs."""
-    heard: dict[str, tuple[Tensor, Tensor]] = {}
+def hearing(modules: dict[nn.Module, str], stop: int = 0) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """What goes into and comes out of these modules at every use, by name; after `stop` uses no more runs."""
+    heard: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        heard[modules[module]] = (args[0], output)
-        if stop and len(heard) == len(modules):
+        uses = heard.setdefault(modules[module], [])
+        uses.append((args[0], output))
+        if len(uses) == stop:
             raise LastBlock
 
     hooks = [module.register_forward_hook(hook) for module in modules]

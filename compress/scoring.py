@@ -97,8 +97,9 @@ def flowing(view: View, paths: list[str], batches: list[dict]) -> Iterator[tuple
     for batch in batches:
         with hearing({view.module(path): path for path in paths}) as heard:
             view.model(**inputs(batch))
-        for path, (x, _) in heard.items():
-            yield path, real(x, batch.get("attention_mask")).float()
+        for path, uses in heard.items():
+            for x, _ in uses:
+                yield path, real(x, batch.get("attention_mask")).float()
 
 
 def some(batches: list[dict], tokens: int) -> list[dict]:

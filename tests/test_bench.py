@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from models import MODELS
+
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes" / "quantize").glob("*.yaml"))
 
@@ -86,3 +88,32 @@ def test_recipes_of_the_benchmark_are_read(path):
     assert recipe.calibrate
     assert recipe.validate_.limits
     assert model_of(path)[0].parent == ROOT / "models"
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "dinov2"])
+def test_contenders_for_heads_remove_as_many(name):
+    from benches.heads import CONTENDERS
+
+    from compress.outputs import run
+    from compress.view import View
+
+    for prune in CONTENDERS.values():
+        model, batch = MODELS[name]()
+        total = prune(model, 1, [batch])
+        assert sum(at.kv_heads for at in View(model).attentions()) == total - 1
+        assert run(model, batch).isfinite().all()
+
+
+def test_flap_puts_the_mean_of_what_goes_into_the_bias():
+    from benches.heads import flap
+
+    from compress.outputs import relative_error, run
+    from compress.view import View
+
+    model, batch = MODELS["dinov2"]()
+    for at in View(model).attentions():
+        View(model).module(at.v).weight.data[8:16] = 0  # one head of each writes the same everywhere
+    before = run(model, batch)
+    flap(model, 2, [batch])
+    assert [at.heads for at in View(model).attentions()] == [3, 3]
+    assert relative_error(run(model, batch), before) < 1e-5

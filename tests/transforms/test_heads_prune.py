@@ -12,7 +12,7 @@ from compress.savings import seconds
 from compress.scoring import names
 from compress.transforms.heads.prune import Prune
 from compress.view import MLP, View
-from models import MODELS
+from models import MODELS, text
 from planted import inducing
 
 
@@ -189,3 +189,16 @@ def test_uniform_cuts_of_heads_and_channels_are_an_ordinary_config():
     config = native_config(model)
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (2, 1, 32)
     assert config.head_dim == 8
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_ragged_decoders_generate_with_and_without_cache(kv_heads):
+    model, batch = text("llama", num_key_value_heads=kv_heads, num_hidden_layers=3)
+    method, view = Prune(keep=0.7, score="fisher"), View(model)
+    plan = method.calibrate(view, method.plan(view), [batch])
+    method.apply(view, plan)
+    assert len({(at.heads, at.kv_heads) for at in view.attentions()}) > 1
+    options = {"max_new_tokens": 6, "do_sample": False}
+    plain = model.generate(batch["input_ids"][:1], use_cache=False, **options)
+    for cache in ({"use_cache": True}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(batch["input_ids"][:1], **cache, **options), plain)
