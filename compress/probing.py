@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from compress.compare import deviation, divergence
+from compress.compare import deviation, divergence, similarity
 from compress.errors import CompressError
 from compress.outputs import answer, inputs, objective
 from compress.quick import quick_products
@@ -66,6 +66,13 @@ class Answers:
         if not found < float("inf"):
             raise CompressError("the model's answers to the calibration data are not finite; they must be")
         return found / len(self.batches)
+
+    @torch.no_grad()
+    def turn(self, model: nn.Module) -> float:
+        """Mean of 1 - cosine between the pooled features and the original's."""
+        pairs = zip(self.batches, self.references, strict=True)
+        found = [similarity(answer(model(**inputs(batch))), reference, batch).mean for batch, reference in pairs]
+        return 1 - sum(found) / len(found)
 
 
 def is_logits(output) -> bool:

@@ -1,11 +1,14 @@
-"""Bipartite soft matching of similar tokens, as pure functions of tensors.
+"""Matching of similar tokens, as pure functions of tensors.
 
-Shapes: B batch, n tokens, r tokens that a merge takes away, D width. Nothing larger than the n/2 x n/2 scores is made.
+Shapes: B batch, n tokens, r tokens that a merge takes away, D width. The bipartite matching makes nothing larger than
+its n/2 x n/2 scores, that by energy n x n.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +35,9 @@ class Rule:
     first: int = 0  # class, distillation and register tokens
     last: bool = False  # the closing token of a text
     similarity: str = "cosine"
+    metric: str = "features"  # what is compared: features, keys or both
+    ward: float = 0.0  # power of the pair's harmonic size in the cost of merging it
+    margin: float | None = None  # of the energy by which tokens are chosen; None for the bipartite choice
 
     def removes(self, tokens: int) -> int:
         """The tokens merged away out of so many: at most every second one that is not protected."""
@@ -66,26 +72,25 @@ def match(
     fixed: Tensor | None = None,
     alive: Tensor | None = None,
     rows: Tensor | None = None,
-    similarity: str = "cosine",
+    size: Tensor | None = None,
+    rule: Rule = Rule(),  # noqa: B008  # frozen
 ) -> Matching:
-    """Every second token proposes its most similar one among the others; the r strongest proposals are taken.
+    """Of two sets of tokens each of the first proposes its most similar one of the second; the r best are taken.
 
     In a padded batch (`alive` B,n) row i takes rows[i] of them; its other r - rows[i] tokens go from its padding.
     """
-    score = _scores(metric, similarity)
     batch, tokens = metric.shape[:2]
-    if fixed is not None:
-        score = score.masked_fill(fixed[:, None, 1::2], -torch.inf)
-    best, target = score.max(-1)
-    if fixed is not None:
-        best = best.masked_fill(fixed[:, ::2], -torch.inf)
-    chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :r]
-    gone, target = chosen * 2, target.gather(1, chosen) * 2 + 1
+    index = torch.arange(tokens, device=metric.device).expand(batch, -1)
+    metric, fixed = metric.to(wide(metric.dtype)), (index < 0 if fixed is None else fixed.expand(batch, -1))
+    cost = partial(costs, similarity=rule.similarity, power=rule.ward)
+    if rule.margin is None:
+        gone, target = bipartite(metric, r, fixed, size, cost)
+    else:
+        gone, target = redundant(metric, r, fixed, size, cost, rule.margin, rows)
     if alive is not None:
         turn = torch.arange(r, device=metric.device)[None] - rows[:, None]
         padding = alive.int().argsort(dim=-1, stable=True)[:, :r].gather(1, turn.clamp(min=0))
         gone, target = torch.where(turn < 0, gone, padding), torch.where(turn < 0, target, padding)
-    index = torch.arange(tokens, device=metric.device).expand(batch, -1)
     stays = torch.ones_like(index, dtype=torch.bool).scatter(1, gone, False)
     place = (stays.cumsum(1) - 1).clamp(min=0)
     # Tokens that go are written to a spare last column.
@@ -93,15 +98,46 @@ def match(
     return Matching(kept, gone, place.scatter(1, gone, place.gather(1, target)))
 
 
-def _scores(metric: Tensor, similarity: str) -> Tensor:
-    """Similarity of every even with every odd token, in float32: half precision would tie the closest pairs."""
-    metric = metric.to(wide(metric.dtype))
+def bipartite(metric: Tensor, r: int, fixed: Tensor, size: Tensor | None, cost: Callable) -> tuple[Tensor, Tensor]:
+    """Every second token proposes one of the others (ToMe): who goes, the cheapest first, and where to."""
+    sizes = (None, None) if size is None else (size[:, ::2], size[:, 1::2])
+    found = cost(metric[:, ::2], metric[:, 1::2], *sizes).masked_fill(fixed[:, None, 1::2], torch.inf)
+    best, target = found.min(-1)
+    best = best.masked_fill(fixed[:, ::2], torch.inf)
+    chosen = best.argsort(dim=-1, stable=True)[:, :r]
+    return chosen * 2, target.gather(1, chosen) * 2 + 1
+
+
+def redundant(
+    metric: Tensor, r: int, fixed: Tensor, size: Tensor | None, cost: Callable, margin: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Only the 2 r tokens with the most others near them take part, by turns on either side (PiToMe)."""
+    unit = F.normalize(metric, dim=-1)
+    near = F.elu(unit @ unit.transpose(1, 2) - margin).mean(-1).masked_fill(fixed, -torch.inf)
+    order = near.argsort(dim=-1, descending=True, stable=True)[:, : 2 * r]
+    left, right = order[:, ::2], order[:, 1::2]
+    if r == 0:
+        return left, right
+    sizes = (None, None) if size is None else (size.gather(1, left), size.gather(1, right))
+    found = cost(take(metric, left), take(metric, right), *sizes)
+    if rows is not None:  # a row that merges less has padding behind
+        found = found.masked_fill(torch.arange(r, device=rows.device) >= rows.clamp(min=1)[:, None, None], torch.inf)
+    return left, right.gather(1, found.argmin(-1))
+
+
+def costs(
+    left: Tensor, right: Tensor, left_size: Tensor | None, right_size: Tensor | None, similarity: str, power: float
+) -> Tensor:
+    """What merging each of the left with each of the right tokens costs; 0 for equal ones."""
     if similarity == "cosine":
-        metric = F.normalize(metric, dim=-1)
-        return metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    even, odd = metric[:, ::2], metric[:, 1::2]
-    lengths = even.square().sum(-1)[:, :, None] + odd.square().sum(-1)[:, None]
-    return torch.baddbmm(lengths, even, odd.transpose(1, 2), beta=-1, alpha=2)
+        found = 1 - F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).transpose(1, 2)
+    else:
+        lengths = left.square().sum(-1)[:, :, None] + right.square().sum(-1)[:, None]
+        found = torch.baddbmm(lengths, left, right.transpose(1, 2), alpha=-2)
+    if power == 0 or left_size is None:
+        return found
+    one, other = left_size[:, :, None].clamp(min=1), right_size[:, None].clamp(min=1)
+    return found * (2 * one * other / (one + other)).pow(power)
 
 
 def merge(x: Tensor, matching: Matching, size: Tensor) -> tuple[Tensor, Tensor]:

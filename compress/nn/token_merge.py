@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.nn.token_match import Matching, Rule, bystanders, match, merge, unmerge
+from compress.nn.token_match import Matching, Rule, bystanders, match, merge, unmerge, wide
 
 MASKED = -1000.0  # an additive mask below this hides a key; learned position biases stay far above
 
@@ -25,10 +25,11 @@ class Tokens:
     size: Tensor | None = None  # B,n, float32: how many original tokens each one stands for
     slot: Tensor | None = None  # B,N: where each original token is found now; None before the first merge
     origin: Tensor | None = None  # B,n: whose place in the input each token has
+    keys: Tensor | None = None  # B,H,n,d of the last attention
 
     def reset(self) -> None:
         """Forget everything, also what a forward that failed half-way left behind."""
-        self.alive = self.size = self.slot = self.origin = None
+        self.alive = self.size = self.slot = self.origin = self.keys = None
 
     def see(self, mask: Tensor, batch: int) -> None:
         """Learn from an attention mask (B,H,N,N or broadcastable) which tokens are padding."""
@@ -44,10 +45,19 @@ class Tokens:
         self.begin(x)
         rows = None if self.alive is None else rule.removes_rows(self.alive.sum(1))
         fixed = bystanders(rule, tokens, self.alive, x.device)
-        matching = match(x, r, fixed, self.alive, rows, rule.similarity)
+        matching = match(self.compared(x, rule.metric), r, fixed, self.alive, rows, self.size, rule)
         x, self.size = merge(x, matching, self.size)
         self.follow(matching)
         return x
+
+    def compared(self, x: Tensor, metric: str) -> Tensor:
+        """What tells which tokens are alike: their features, the mean of their keys over the heads, or both whole."""
+        if metric == "features":
+            return x
+        if metric == "keys":
+            return self.keys.to(wide(x.dtype)).mean(1)
+        parts = x, self.keys.transpose(1, 2).flatten(2)
+        return torch.cat([F.normalize(part.to(wide(x.dtype)), dim=-1) for part in parts], -1)
 
     def begin(self, x: Tensor) -> None:
         """Before the first change: every token of x stands for itself, and padding for none."""
@@ -83,6 +93,7 @@ class Sized(nn.Module):
 
     def forward(self, module, query, key, value, mask, scale, causal, **kwargs) -> Tensor:
         tokens = self.tokens
+        tokens.keys = key
         if tokens.slot is None:
             if mask is not None and tokens.alive is None:
                 tokens.see(mask, query.shape[0])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import models
 from compress.errors import CompressError
+from compress.merge_search import Trial, within
 from compress.nn.token_match import Rule, bystanders, match, merge, unmerge
 from compress.nn.token_merge import Sized, Tokens
 from compress.outputs import relative_error, run
@@ -26,6 +27,7 @@ shapes = {
     "first": st.integers(0, 5),
     "last": st.booleans(),
     "similarity": st.sampled_from(["cosine", "euclidean"]),
+    "margin": st.sampled_from([None, 0.4]),
     "seed": st.integers(0, 2**16),
 }
 
@@ -43,11 +45,12 @@ def one_hot(slot, tokens):
 
 @settings(deadline=None, max_examples=60)
 @given(**shapes, ties=st.booleans())
-def test_a_merge_is_a_partition_that_conserves(batch, tokens, share, first, last, similarity, seed, ties):
-    x, rule = draw(batch, tokens, seed=seed, ties=ties), Rule(share, None, first, last, similarity)
+def test_a_merge_is_a_partition_that_conserves(batch, tokens, share, first, last, similarity, margin, seed, ties):
+    x = draw(batch, tokens, seed=seed, ties=ties)
+    rule = Rule(share, None, first, last, similarity, margin=margin)
     r = rule.removes(tokens)
     fixed = bystanders(rule, tokens, None, x.device)
-    matching = match(x, r, fixed, similarity=similarity)
+    matching = match(x, r, fixed, rule=rule)
     size = torch.randint(1, 9, (batch, tokens), generator=torch.Generator().manual_seed(seed)).float()
     merged, merged_size = merge(x, matching, size)
 
@@ -73,12 +76,12 @@ def test_a_merge_is_a_partition_that_conserves(batch, tokens, share, first, last
 
 @settings(deadline=None, max_examples=40)
 @given(**shapes)
-def test_rows_of_a_batch_do_not_know_each_other(batch, tokens, share, first, last, similarity, seed):
-    x, rule = draw(batch, tokens, seed=seed), Rule(share, None, first, last, similarity)
+def test_rows_of_a_batch_do_not_know_each_other(batch, tokens, share, first, last, similarity, margin, seed):
+    x, rule = draw(batch, tokens, seed=seed), Rule(share, None, first, last, similarity, margin=margin)
     fixed = bystanders(rule, tokens, None, x.device)
-    matching = match(x, rule.removes(tokens), fixed, similarity=similarity)
+    matching = match(x, rule.removes(tokens), fixed, rule=rule)
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
-    other = match(x[order], rule.removes(tokens), fixed, similarity=similarity)
+    other = match(x[order], rule.removes(tokens), fixed, rule=rule)
     assert other.slot.equal(matching.slot[order]) and other.kept.equal(matching.kept[order])
 
 
@@ -156,7 +159,7 @@ def test_equal_tokens_are_merged_first_and_come_back_whole():
     x = draw(2, 12)
     x[:, 7], x[:, 3] = x[:, 4], x[:, 2]
     for similarity in ("cosine", "euclidean"):
-        matching = match(x, 2, similarity=similarity)
+        matching = match(x, 2, rule=Rule(similarity=similarity))
         merged, _ = merge(x, matching, torch.ones(2, 12))
         assert matching.gone.sort(1).values.tolist() == [[2, 4]] * 2
         torch.testing.assert_close(unmerge(merged, matching.slot), x, rtol=1e-15, atol=1e-15)
@@ -164,8 +167,8 @@ def test_equal_tokens_are_merged_first_and_come_back_whole():
 
 def test_euclidean_sees_length_and_cosine_does_not():
     x = torch.tensor([[[1.0, 0.0], [9.0, 0.0], [1.0, 0.5], [1.0, 1.0]]])
-    assert match(x, 1, similarity="cosine").slot.tolist() == [[0, 0, 1, 2]]
-    assert match(x, 1, similarity="euclidean").slot.tolist() == [[0, 1, 2, 2]]
+    assert match(x, 1, rule=Rule(similarity="cosine")).slot.tolist() == [[0, 0, 1, 2]]
+    assert match(x, 1, rule=Rule(similarity="euclidean")).slot.tolist() == [[0, 1, 2, 2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -183,6 +186,88 @@ def test_removes_never_takes_protected_tokens():
     lengths = torch.arange(40)
     for rule in (Rule(0.37, None, 2), Rule(0.0, 5, 1, True)):
         assert rule.removes_rows(lengths).tolist() == [rule.removes(n) for n in range(40)]
+
+
+def test_large_tokens_stay_apart_where_their_size_counts():
+    """Two pairs, one of them closer but of large tokens: the harmonic size decides."""
+    x = torch.tensor([[[1.0, 0.0], [1.0, 0.2], [0.0, 1.0], [0.25, 1.0]]])
+    size = torch.tensor([[9.0, 9.0, 1.0, 1.0]])
+    for ward, gone in ((0.0, 0), (0.5, 2), (1.0, 2)):
+        assert match(x, 1, size=size, rule=Rule(ward=ward)).gone.tolist() == [[gone]]
+    assert match(x, 1, size=torch.ones(1, 4), rule=Rule(ward=1.0)).gone.tolist() == [[0]]
+
+
+def test_only_tokens_in_a_crowd_merge_by_energy():
+    crowd, lonely = draw(1, 1, seed=1) + 0.01 * draw(1, 4, seed=2), draw(1, 4, seed=3)
+    x = torch.stack([lonely[:, 0], crowd[:, 0], lonely[:, 1], crowd[:, 1], lonely[:, 2], crowd[:, 2]], 1)
+    x = torch.cat([x, crowd[:, 3:], lonely[:, 3:]], 1)
+    matching = match(x, 2, rule=Rule(margin=0.9))
+    places = {1, 3, 5, 6}
+    assert set(matching.gone[0].tolist()) < places
+    assert {matching.kept[0, slot].item() for slot in matching.slot[0, matching.gone[0]]} < places
+
+
+@pytest.mark.parametrize("metric", ["features", "keys", "both"])
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_what_is_compared_decides_what_merges(name, metric):
+    model, batch = models.MODELS[name]()
+    merged = compressed(model, ratio=0.3, metric=metric)
+    assert answers(merged, batch).equal(answers(merged, batch))
+    if metric == "keys":
+        assert not answers(merged, batch).equal(answers(compressed(model, ratio=0.3, metric="features"), batch))
+
+
+def test_keys_are_compared_as_the_mean_of_the_heads_and_both_whole():
+    tokens, x = Tokens(keys=draw(2, 3, seed=1)[:, :, None].expand(2, 3, 5, 4)), draw(2, 5, seed=2)
+    assert tokens.compared(x, "features") is x
+    torch.testing.assert_close(tokens.compared(x, "keys"), tokens.keys.mean(1))
+    both = tokens.compared(3 * x, "both")
+    assert both.shape == (2, 5, 4 + 12)
+    torch.testing.assert_close(both[..., :4], torch.nn.functional.normalize(x, dim=-1))
+
+
+def test_shares_and_counts_may_differ_by_block():
+    model, pixels = image("vit")
+    for options in ({"ratio": (0.5, 0.25, 0.0)}, {"r": (8, 2, 0)}):
+        merged = compressed(model, **options)
+        left = []
+        for layer in merged.layers[:3]:
+            layer.register_forward_hook(lambda layer, *_, seen=left: seen.append(layer.merge.tokens.size.shape[1]))
+        answers(merged, {"pixel_values": pixels})
+        assert left == [9, 7, 7]
+    with pytest.raises(CompressError, match="ratio has 2 entries, it must have 3"):
+        Merge(ratio=(0.1, 0.2)).plan(View(model))
+    with pytest.raises(CompressError, match="ratio and flops are both given"):
+        Merge(ratio=0.1, flops=0.7).plan(View(model))
+    denoiser = models.MODELS["dit"]()[0]
+    for options in ({"metric": "keys"}, {"flops": 0.8}):
+        with pytest.raises(CompressError, match="is for stacks of blocks"):
+            Merge(**options).plan(View(denoiser))
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "dinov2"])
+def test_the_search_keeps_to_its_budget_and_beats_an_even_schedule(name):
+    model, batch = models.MODELS[name]()
+    view, method = View(model), Merge(flops=0.85)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = method.calibrate(view, method.plan(view), [batch])
+    assert model.state_dict().keys() == before.keys() and not any(hasattr(m, "merge") for m in model.modules())
+    trial = Trial.of(view, plan.edits, [batch], method.apply)
+    assert 0.6 < trial.share(plan.edits) <= 0.85
+    even = within(trial, plan.edits, 0.85)
+    assert trial.error(plan.edits) <= trial.error(even)
+    tried = plan.notes["schedules"]
+    assert len(tried) > 4 and trial.error(plan.edits) == pytest.approx(min(one["error"] for one in tried), rel=1e-5)
+    assert set(plan.notes["metric"]) == {"features", "keys", "both"}
+    method.apply(view, plan)
+    assert answers(model, batch).isfinite().all()
+
+
+def test_a_budget_that_merging_cannot_reach_is_refused():
+    model, batch = models.MODELS["vit"]()
+    view, method = View(model), Merge(flops=0.05)
+    with pytest.raises(CompressError, match=r"flops is 0\.05, it must be at least 0\.\d+ for this model"):
+        method.calibrate(view, method.plan(view), [batch])
 
 
 def compressed(model, **options):

@@ -1,0 +1,132 @@
+"""How many tokens each block should merge, and by what they are compared: found on data, without labels.
+
+All that is tried costs the same operations; what changes the model's answers least wins. A few shapes of the schedule
+come first (from which block on, rising or falling), then each block's share is raised and lowered once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from compress.errors import CompressError
+from compress.flops import count
+from compress.nn.token_match import Rule
+from compress.probing import Answers
+from compress.transform import Plan
+from compress.view import View
+
+METRICS = ("features", "keys", "both")
+SLOPES = (-1.0, 0.0, 1.0, 2.0)  # powers of the distance from the first merging block
+MOST = 0.5  # of a block's tokens
+HALVINGS = 8  # of the span in which the strength of a schedule lies
+STEP = 1.6  # by which one block's share is raised and lowered
+
+
+@dataclass
+class Trial:
+    """A copy of the model that shares its weights and merges tokens as it is told."""
+
+    model: nn.Module
+    paths: list[str]
+    answers: Answers
+    row: dict
+    whole: int  # operations of the original on that row
+
+    @classmethod
+    def of(cls, view: View, edits: dict[str, dict], batches: list[dict], apply: Callable[[View, Plan], None]) -> Trial:
+        tensors = [*view.model.parameters(), *view.model.buffers()]
+        model = copy.deepcopy(view.model, {id(tensor): tensor for tensor in tensors})
+        apply(View(model), Plan(edits))
+        row = {name: value[:1] for name, value in batches[0].items()}
+        return cls(model, list(edits), Answers.of(view.model, batches), row, count(view.model, row))
+
+    def error(self, edits: dict[str, dict]) -> float:
+        """How far the answers are off under these rules: their divergence, or how embeddings turned.
+
+        Single features of merged tokens differ much and mean little.
+        """
+        self._follow(edits)
+        return self.answers.distance(self.model) if self.answers.logits else self.answers.turn(self.model)
+
+    def share(self, edits: dict[str, dict]) -> float:
+        """The part of the operations that is left under these rules."""
+        self._follow(edits)
+        return count(self.model, self.row) / self.whole
+
+    def _follow(self, edits: dict[str, dict]) -> None:
+        for path in self.paths:
+            self.model.get_submodule(path).merge.rule = Rule(**edits[path]["rule"])
+
+
+def choose_metric(trial: Trial, edits: dict[str, dict]) -> tuple[dict[str, dict], dict[str, float]]:
+    """By what tokens are best compared, and the error of each."""
+    tried = {metric: trial.error(changed(edits, {"metric": metric})) for metric in METRICS}
+    return changed(edits, {"metric": min(tried, key=tried.get)}), tried
+
+
+def within(trial: Trial, edits: dict[str, dict], budget: float) -> dict[str, dict]:
+    """A plain schedule that leaves this part of the operations: even, or falling where that is not enough."""
+    for shape in (ramp(len(edits), 0, 0.0), ramp(len(edits), 0, -1.0)):
+        if (found := scaled(trial, edits, shape, budget)) is not None:
+            return found
+    least = trial.share(with_ratios(edits, [MOST] * len(edits)))
+    raise CompressError(f"tokens.merge: flops is {budget:.3g}, it must be at least {least:.3g} for this model")
+
+
+def choose_ratios(trial: Trial, edits: dict[str, dict], budget: float) -> tuple[dict[str, dict], list[dict]]:
+    """The best schedule that leaves this part of the operations, and all that were tried."""
+    number, tried = len(edits), []
+
+    def attempt(weights: list[float]) -> float:
+        found = scaled(trial, edits, weights, budget)
+        if found is None:
+            return float("inf")
+        error = trial.error(found)
+        tried.append({"ratios": [edit["rule"]["ratio"] for edit in found.values()], "error": error})
+        return error
+
+    starts = sorted({0, 1, number // 4, number // 2} & set(range(number)))
+    shapes = [ramp(number, start, slope) for start in starts for slope in SLOPES]
+    errors = [attempt(shape) for shape in shapes]
+    best, error = shapes[errors.index(min(errors))], min(errors)
+    for at in range(number):
+        for factor in (STEP, 1 / STEP):
+            other = [*best[:at], (best[at] or min(filter(None, best))) * factor, *best[at + 1 :]]
+            if (found := attempt(other)) < error:
+                best, error = other, found
+    return with_ratios(edits, min(tried, key=lambda one: one["error"])["ratios"]), tried
+
+
+def ramp(number: int, start: int, slope: float) -> list[float]:
+    """Weights of so many blocks: none before the start, from there on a power of the distance."""
+    return [float(at - start + 1) ** slope if at >= start else 0.0 for at in range(number)]
+
+
+def scaled(trial: Trial, edits: dict[str, dict], weights: list[float], budget: float) -> dict[str, dict] | None:
+    """The weakest schedule of this shape within the budget; None where the strongest is not."""
+    low, high, found = 0.0, MOST / min(filter(None, weights)), None
+    for halving in range(HALVINGS + 1):
+        strength = high if halving == 0 else (low + high) / 2
+        ratios = with_ratios(edits, [min(MOST, round(strength * weight, 6)) for weight in weights])
+        if trial.share(ratios) <= budget:
+            high, found = strength, ratios
+        elif halving == 0:
+            return None
+        else:
+            low = strength
+    return found
+
+
+def with_ratios(edits: dict[str, dict], ratios: list[float]) -> dict[str, dict]:
+    """The same rules with these shares."""
+    pairs = zip(edits.items(), ratios, strict=True)
+    return {path: edit | {"rule": edit["rule"] | {"ratio": ratio, "r": None}} for (path, edit), ratio in pairs}
+
+
+def changed(edits: dict[str, dict], rule: dict) -> dict[str, dict]:
+    """The same edits with something changed in all rules."""
+    return {path: edit | {"rule": edit["rule"] | rule} for path, edit in edits.items()}
