@@ -74,13 +74,16 @@ def noise(tokens: int, width: int) -> Tensor:
     return torch.randn(2, tokens, width, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
 
 
-def harmless(view: View, attention: Attention, change: Callable[[], None]) -> str:
-    """Why a change of this attention's weights changes its answers, on a copy; empty where it does not."""
+def harmless(
+    view: View, attention: Attention, change: Callable[[], None], prepare: Callable[[], None] = lambda: None
+) -> str:
+    """Why a change of this attention (behind another one) changes its answers, on a copy; empty where it does not."""
     path = scope(view.model, attention)
     if not path:
         return "it is the whole model"
     with randomized(view, path) as module:
         try:
+            prepare()
             before = ask(view, module, attention)
             change()
             after = ask(view, module, attention)
