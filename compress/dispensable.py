@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.outputs import answer, inputs
 from compress.probing import Answers, block_answers, instead
+from compress.quick import quick_products
 from compress.roles import width_in
 from compress.stacks import tensors
 from compress.stand_ins import Place, listening, refit, standing, teach
@@ -48,6 +49,7 @@ def dispensable(view: View, attention: Attention) -> dict[str, bool] | str:
 
 
 @torch.no_grad()
+@quick_products()
 def choose(
     view: View, places: list[Place], batches: list[dict], by: str, remove: int, probe: int, again: bool
 ) -> tuple[list[Place], dict]:

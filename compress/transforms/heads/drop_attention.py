@@ -4,8 +4,12 @@ Layers go one by one: first the one whose stand-in changes the answers least (KL
 the one that does beside it, and so on. A stand-in is the least-squares fit, with a ridge chosen on data held out, of
 what the attention answers on the calibration data; in encoders it also sees the mean of all tokens and the first one
 (`context`), which gets a map of its own. After the choice all are fitted again from front to back, on what the tokens
-are by then and towards what they were in the original (`refit`). A stand-in costs a quarter of the four projections,
-nothing that grows with the square of the length, and no cache: the layers left are numbered anew.
+are by then and towards what they were in the original (`refit`). Per token a stand-in costs a quarter of the four
+projections, nothing grows with the square of the length, and there is no cache: the layers left are numbered anew. Its
+weights are that quarter, too; with `context` a little more than those of the attention (the rest works once an input).
+
+On SmolLM2-135M (WikiText windows of 256 tokens) the maps of 6 of 30 layers, on 18 thousand tokens, cost .11 nats of KL
+(.26 without them), those of 12 .31; on DINOv2-S 3 of 12 cost .09 (7.7 for the three that cosines name, without maps).
 
 Known methods as settings: `by: cosine, stand_in: nothing` (LLM-Drop), `by: bound, context: false, refit: false` (NBL),
 `by: entropy, stand_in: nothing` (the choice of lambda-ViT, without its training).
