@@ -1,0 +1,182 @@
+"""What fewer tokens cost in answers and save in time: ToMe, PiToMe, EViT and pooling against tokens.merge searching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from benches.paired import Missing, load, paired
+from benches.tables import ROOT, show, update
+from torch import nn
+
+HEAD = ["model", "operations asked", "by", "measure", "kept", "original", "reduced", "time at 1", "time at 32", "load"]
+TABLE = ROOT / "recipes" / "tokens.csv"
+TOKENS = 64  # of a text
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, unlabelled data to choose by, data to measure on, and the parts of its operations that stay."""
+
+    model: str
+    calibrate: tuple[str, int]
+    validate: tuple[str, int]
+    measures: tuple[str, ...]
+    shares: tuple[float, ...]
+
+
+SUBJECTS = {
+    "minilm": Subject(
+        "all-minilm-l6-v2", ("wikitext-2/validation.parquet", 64), ("wikitext-2/test.parquet", 128), ("cosine",),
+        (0.8, 0.65),
+    ),
+    "cifar-vit": Subject(
+        "cifar-vit", ("cifar10/train.parquet", 128), ("cifar10/test.parquet", 1000), ("kl", "accuracy"),
+        (0.75, 0.6, 0.45),
+    ),
+    "dinov2": Subject(
+        "dinov2-vits14-grocery", ("grocery/train", 48), ("grocery/test", 140), ("kl", "accuracy"), (0.75, 0.6, 0.45)
+    ),
+}  # fmt: skip
+
+
+def main(names: list[str]) -> int:
+    """Measure these models, or all."""
+    missed = 0
+    for name in names or SUBJECTS:
+        try:
+            for rows in measured(SUBJECTS[name]):
+                update(TABLE, HEAD, rows, keys=4)
+                show(HEAD, rows)
+        except Missing as reason:
+            print(f"skipped: {name}: {reason}")
+            missed += 1
+    return missed
+
+
+def measured(subject: Subject) -> Iterator[list[list[str]]]:
+    """The rows of a model, one contender after the other."""
+    from compress.flops import count
+    from compress.source import open_source
+    from compress.validate import measure
+
+    folder = ROOT / "models" / subject.model
+    if not folder.exists():
+        raise Missing(f"scripts/fetch {subject.model}")
+    source = open_source(str(folder), dtype="float32")
+    seen, held = (rows_of(source, *data) for data in (subject.calibrate, subject.validate))
+    model, names = source.model, list(subject.measures)
+    one, many = ({key: value[:number] for key, value in held[0].items() if key != "labels"} for number in (1, 32))
+    left = partial(kept, one=one, whole=count(model, one))
+    before = measure(names, model, model, held)
+    for share in subject.shares:
+        for label, reduce in CONTENDERS.items():
+            reduced = reduce(model, share, seen, left)
+            if reduced is None:
+                print(f"{subject.model}: {label} cannot keep {share}")
+                continue
+            after, own = measure(names, reduced, model, held), [subject.model, f"{share:.2f}", label]
+            costs = [f"{ratio(model, reduced, batch):.3f}" for batch in (one, many)] + [load()]
+            told = [[kind, f"{before[kind]:.4f}", f"{after[kind]:.4f}"] for kind in names]
+            yield [[*own, cells[0], f"{left(reduced):.3f}", *cells[1:], *costs] for cells in told]
+
+
+def rows_of(source, data: str, number: int) -> list[dict]:
+    """Batches of 32 rows; texts only where they are as long as they may be, for a short one would lose all it has."""
+    from compress.data import batches
+
+    path = str(ROOT / "models" / data)
+    found = batches(path, source, samples=5 * number, length=TOKENS, batch=32, seed=0)
+    rows = [{key: value[at] for key, value in batch.items()} for batch in found for at in range(len(first(batch)))]
+    rows = [row for row in rows if "attention_mask" not in row or row["attention_mask"].sum() == TOKENS][:number]
+    parts = [rows[at : at + 32] for at in range(0, len(rows), 32)]
+    return [{key: torch.stack([row[key] for row in part]) for key in part[0]} for part in parts]
+
+
+def first(batch: dict) -> torch.Tensor:
+    """Any of its tensors."""
+    return next(iter(batch.values()))
+
+
+def kept(model: nn.Module, one: dict, whole: int) -> float:
+    """The part of the operations that is left."""
+    from compress.flops import count
+
+    return count(model, one) / whole
+
+
+@torch.no_grad()
+def ratio(model: nn.Module, reduced: nn.Module, batch: dict) -> float:
+    """Processor time of the reduced model over the original's."""
+    calls = {"stock": lambda: model(**batch), "reduced": lambda: reduced(**batch)}
+    return paired(calls, rounds=7)["reduced"].ratio
+
+
+def applied(model: nn.Module, method, seen: list[dict]) -> nn.Module:
+    """A copy of the model with this method."""
+    from compress.view import View
+
+    view = View(deepcopy(model))
+    plan = method.plan(view)
+    method.apply(view, method.calibrate(view, plan, seen) if method.uses_data else plan)
+    return view.model
+
+
+def first_within(model: nn.Module, share: float, makers: Iterator[Callable], left: Callable) -> nn.Module | None:
+    """The first of ever stronger reductions that keeps to the budget."""
+    for make in makers:
+        found = make()
+        if left(found) <= share:
+            return found
+    return None
+
+
+def constant(match: str) -> Callable:
+    """The same count of tokens in every block, compared by keys: ToMe, and PiToMe by energy."""
+    from compress.transforms.tokens.merge import Merge
+
+    def reduce(model, share, seen, left):
+        options = {"metric": "keys", "ward": 0.0, "match": match}
+        makers = (partial(applied, model, Merge(r=r, **options), seen) for r in range(1, 64))
+        return first_within(model, share, makers, left)
+
+    return reduce
+
+
+def pooled(model, share, seen, left):
+    """Two by two pooling after the latest block that is early enough, twice where once is not enough."""
+    from compress.transforms.tokens.pool import Pool
+    from compress.view import View
+
+    last = len(View(model).blocks()) - 1
+    places = [(at,) for at in reversed(range(last))] + [(at, at + 1) for at in reversed(range(last - 1))]
+    if "pixel_values" not in seen[0]:
+        return None
+    return first_within(model, share, (partial(applied, model, Pool(blocks=place), seen) for place in places), left)
+
+
+def evit(model, share, seen, left):
+    """EViT: by class attention at the quarters, the rest fused."""
+    from compress.transforms.tokens.prune import Prune
+
+    makers = (partial(applied, model, Prune(keep=step / 100), seen) for step in range(96, 2, -2))
+    return first_within(model, share, makers, left)
+
+
+def searched(model, share, seen, left):
+    """Ours."""
+    from compress.transforms.tokens.merge import Merge
+
+    return applied(model, Merge(flops=share), seen)
+
+
+CONTENDERS = {
+    "ToMe": constant("bipartite"),
+    "PiToMe": constant("energy"),
+    "EViT": evit,
+    "2x2 pooling": pooled,
+    "tokens.merge, searched": searched,
+}
