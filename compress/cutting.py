@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from compress.transforms.heads.prune import Prune
 
 Weights = dict[str, dict[str, Tensor]]  # of output projections
-SEARCH, FINISH, JUDGE = 2**13, 2**15, 2**13  # tokens: of scores and repairs, of the last repair, and to choose by
+SEARCH, FINISH, JUDGE = 2**13, 2**15, 2**12  # tokens: of scores and repairs, of the last repair, and to choose by
 ONE_BY_ONE = 400  # units that auto leaves out one by one, at most
 PORTFOLIO = ("energy", "fisher", "leave_one_out", "variance")  # what auto tries
 
@@ -37,6 +37,7 @@ class Cut:
     def __init__(self, method: Prune, view: View, parts: list[Part], batches: list[dict]) -> None:
         self.method, self.view, self.parts = method, view, parts
         seen, held = apart(batches)
+        self.data = "the calibration data itself" if held[0] is seen[0] else "held-out data"
         self.few, self.many = some(seen, SEARCH), some(seen, FINISH)
         self.counts = [part.count for part in parts]
         self.lose, self.costs, self.goal = budget(method, view, parts, batches[0])
@@ -148,18 +149,18 @@ def cut(method: Prune, view: View, parts: list[Part], batches: list[dict]) -> tu
         if isinstance(part.owner, MLP) and len(left[part.path]) < part.count:
             bring_forward(view, part.owner, part.chosen(left[part.path]))
     notes = {"curves": tried, "taken": score, "units that stay": {path: len(units) for path, units in left.items()}}
-    return left, notes | {"remarks": told(tried, score, targets, len(work.fixed))}
+    return left, notes | {"remarks": told(work, tried, score, targets)}
 
 
-def told(tried: dict[str, list], taken: str, targets: dict[str, str], protected: int) -> list[str]:
+def told(work: Cut, tried: dict[str, list], taken: str, targets: dict[str, str]) -> list[str]:
     """The outcome in words."""
     losses = ", ".join(f"{name} {curve[-1][1]:.3g}" for name, curve in tried.items())
-    lines = [f"loss on held-out data {losses}" + (f"; taken: {taken}" if len(tried) > 1 else "")]
+    lines = [f"loss on {work.data} {losses}" + (f"; taken: {taken}" if len(tried) > 1 else "")]
     if targets:
         counts = ", ".join(f"{number} {name}" for name, number in Counter(targets.values()).most_common())
         lines.append(
             f"output projections refit to what the original's gave (local), with what came before (stream): {counts}"
         )
-    if protected:
-        lines.append(f"{protected} heads or groups retrieve and stay")
+    if work.fixed:
+        lines.append(f"{len(work.fixed)} heads or groups retrieve and stay")
     return lines

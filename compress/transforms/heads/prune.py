@@ -33,6 +33,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
+
 from compress.errors import CompressError
 from compress.parts import Part, channels_of, edits, heads_of, keep, kept, mask
 from compress.selection import cheapest, narrowable, placeholder, prunable
@@ -74,8 +76,6 @@ class Prune(Transform):
         return self.needs_data or self.repair
 
     def plan(self, view: View) -> Plan:
-        import torch
-
         from compress.savings import budget
 
         self.check()
