@@ -22,11 +22,12 @@ FOLDER = ROOT / "models" / "smollm2-135m-instruct"
 Pair = tuple[Callable[[], object], Callable[[], object]]  # read the prompt; read it and write NEW tokens more
 
 
-def main(threads: int) -> int:
-    """Measure everything that is here and say what was skipped.
+def main(arguments: list[str]) -> int:
+    """Measure everything that is here on so many threads, 2 if not given, and say what was skipped.
 
     Two threads want a machine that does nothing else; one thread is timed by its processor time.
     """
+    threads = int((arguments or ["2"])[0])
     torch.set_num_threads(threads)
     pairs, skipped = {}, []
     for name, make in makers(threads).items():
