@@ -62,8 +62,8 @@ def softmax(
 def refusal(view: View, attention: Attention) -> str:
     """Why the softmax of this module cannot be reached, or nothing."""
     module = view.module(attention.path)
-    if getattr(getattr(module, "attend", None), "closed", False):
-        return "it computes its class token only"
+    if closed := getattr(getattr(module, "attend", None), "closed", ""):
+        return closed
     if view.library != "transformers":
         return ""
     code = inspect.unwrap(type(module).forward).__code__

@@ -14,7 +14,7 @@ class ClassToken(nn.Module):
     Only while the whole model runs, which was seen to read nothing else, and not in training.
     """
 
-    closed = True  # a core over it would be given one key
+    closed = "it computes its class token only"  # a core over it would be given one key
 
     def __init__(self, norm: str, keys: str, values: str) -> None:
         super().__init__()

@@ -232,16 +232,18 @@ def test_pruning_equal_tokens_is_exact_when_they_weigh_what_they_stand_for(atten
     batch = {"pixel_values": models.noise(2, 3, 8, 8).double().repeat(1, 1, 4, 4)}
     stock = answers(model, batch)
     for score in ("class_attention", "value_aware", "received"):
-        exact = answers(compressed(model, keep=0.3, score=score, blocks=(0, 1)), batch)
+        exact = answers(compressed(model, keep=0.3, score=score, blocks=(0, 1), proportional=True), batch)
         torch.testing.assert_close(exact, stock, rtol=1e-6, atol=1e-6)
-    assert relative_error(answers(compressed(model, keep=0.3, proportional=False), batch), stock) > 1e-3
+    assert relative_error(answers(compressed(model, keep=0.3), batch), stock) > 1e-3
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("options", [{}, {"score": "received"}, {"score": "value_aware", "select": "spread"}])
+@pytest.mark.parametrize(
+    "options", [{"score": "class_attention"}, {"score": "received"}, {"score": "value_aware", "select": "spread"}]
+)
 def test_a_padded_batch_gives_what_its_rows_give_alone(attention, options):
     model = models.text("bert", "AutoModel", num_hidden_layers=4, attn_implementation=attention)[0]
-    less, lengths = compressed(model, keep=0.5, **options), [12, 7, 2, 9]
+    less, lengths = compressed(model, keep=0.5, proportional=True, **options), [12, 7, 2, 9]
     ids, mask, padded = models.tokens(12, batch=4), torch.zeros(4, 14, dtype=torch.long), torch.zeros(4, 14).long()
     for i, length in enumerate(lengths):
         mask[i, :length], padded[i, :length] = 1, ids[i, :length]
