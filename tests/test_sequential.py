@@ -8,8 +8,9 @@ from torch import nn
 
 from compress.errors import CompressError
 from compress.outputs import inputs, relative_error
+from compress.quick import quick_products
 from compress.sequential import Meter, stages
-from compress.stacks import chain, stacks
+from compress.stacks import Call, chain, stacks
 from compress.view import View
 from models import MODELS
 
@@ -116,6 +117,42 @@ def test_layers_with_the_same_input_share_its_moment_and_padding_does_not_count(
     other = dict(batch, input_ids=batch["input_ids"].where(batch["attention_mask"] > 0, 7))
     again = next(stages(view, view.linears(), [other])).moments
     assert relative_error(again["model.layers.0.self_attn.q_proj"], q) < 1e-6
+
+
+class Forked(nn.Module):
+    """Two layers that read one tensor, or equal ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, one):
+        return self.first(x) + self.second(x if one else x.clone())
+
+
+@pytest.mark.parametrize("ones", [(True, True), (True, False), (False, True)])
+def test_layers_that_share_inputs_only_now_and_then_count_each_once(ones):
+    model, batches = Forked(), [{"x": torch.randn(5, 8), "one": one} for one in ones]
+    got, expected = whole(View(model), ["first", "second"], batches), sum(b["x"].T @ b["x"] for b in batches)
+    assert all(relative_error(got[path], expected) < 1e-6 for path in ("first", "second"))
+
+
+def test_a_layer_that_is_called_twice_is_heard_twice():
+    model, x = Forked(), torch.randn(5, 8)
+    model.second = model.first
+    meter = Meter(View(model), ["first"], [{}, {}], 0)
+    with meter:
+        for _ in range(2):
+            meter.through(model, Call((x, False), {}))
+    assert relative_error(meter.read()[0]["first"], 4 * x.T @ x) < 1e-6
+
+
+def test_quick_products_leave_no_trace():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(ValueError), quick_products():
+        assert torch.backends.mkldnn.matmul.fp32_precision != before
+        raise ValueError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_batches_set_apart_do_not_count_twice():
