@@ -2,18 +2,20 @@
 
 Every query stays; keys and values are those of the mean of each cell of factor x factor tokens (`average`) or of its
 first token (`nearest`, as in the paper). Nothing has to be matched and nothing put back, and plain attention kernels do
-the work. Text in a joint attention, class and register tokens keep their own keys; beside them each key of the image
-counts as many times as its cell has tokens, so that the text gains no weight. Where an attention lets them, found by
-trying, keys and values are computed for the coarser grid only; where rotary positions turn them, `nearest` uses the
-rows of the tokens it picks and `average` is refused. Exact where keys and values are constant within cells. Needs no
-data and changes no weights.
+the work (a block of a UNet at 64 x 64 took .55 of its time on one thread of a CPU, .73 with half of its tokens merged).
+Text in a joint attention, class and register tokens keep their own keys; beside them each key of the image counts as
+many times as its cell has tokens, so that the text gains no weight. Where an attention lets them, found by trying, keys
+and values are computed for the coarser grid only; where rotary positions turn them, `nearest` uses the rows of the
+tokens it picks and `average` is refused. Exact where keys and values are constant within cells. Needs no data and
+changes no weights.
 
 When it hurts: small grids, where attention costs little and neighbours differ. A diffusion transformer of 8 x 8 tokens
 was off by 39 % for .81 of the FLOPs, where tokens.merge was by 22 % for .79; a CIFAR-10 classifier of as many fell from
 .812 to .672. A UNet with attention at 32 x 32 and below was off by .63 % for .88 of the FLOPs (.77 % by `nearest`).
 Give `least`, so that only large grids are thinned. Beside text or class tokens, and in odd grids, the counts go as an
 attention mask, which rules out flash kernels. Attention masks, windows and relative positions are refused. Later steps
-that put a core of their own into these attentions are refused there.
+that put a core of their own into these attentions are refused there; quantized projections compute all keys and values
+again before they are thinned.
 
 Paper: "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images", Smith, Saxena, Saha, 2024.
 """
