@@ -227,7 +227,8 @@ class Walk:
                     answers(whole, call)
             (_, _, wanted), (x, mask, own) = heard
             heard.clear()
-            away = tensors(tuple(calls[0]))[0] - tensors(tuple(calls[1]))[0]
+            first, second = (tensors(tuple(call))[0] for call in calls)
+            away = first - second if first.shape == wanted.shape else 0  # of what the block adds its answer to
             for kind, target in zip(KINDS, (own, wanted, wanted + away), strict=True):
                 books[kind][batch >= self.train].add(x, mask, target, real_tokens(sample, x))
         tries = {"as it was": {name: tensor.clone() for name, tensor in place.stand_in.state_dict().items()}}
