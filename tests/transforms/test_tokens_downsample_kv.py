@@ -191,10 +191,12 @@ def test_images_of_constant_cells_are_answered_exactly():
         ("swin", "encoder.layers.0.blocks.0.attention", "relative_position_bias"),
         ("pixart", "transformer_blocks.0.attn2", "keys come from another sequence"),
         ("whisper", "model.encoder.layers.0.self_attn", "no patches of an image"),
+        ("beit", "layers.0.attention", "relative_position_bias"),
+        ("sana", "transformer_blocks.0.attn1", "did not call scaled_dot_product_attention"),
     ],
 )
 def test_refused_by_name_with_the_reason(name, path, reason):
-    view = View(models.MODELS[name]()[0])
+    view = View((models.MODELS | models.MORE)[name]()[0])
     plan = DownsampleKv().plan(view)
     assert path not in plan.edits and reason in plan.notes["refused"][path]
     with pytest.raises(CompressError, match=f"cannot change {re.escape(path)}: .*{re.escape(reason)}"):

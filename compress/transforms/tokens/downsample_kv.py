@@ -23,7 +23,6 @@ Paper: "ToDo: Token Downsampling for Efficient Generation of High-Resolution Ima
 from __future__ import annotations
 
 import re
-from copy import deepcopy
 from typing import ClassVar, Literal
 
 import torch
@@ -65,31 +64,34 @@ class DownsampleKv(Transform):
     def plan(self, view: View) -> Plan:
         if self.factor == 1:
             return Plan({})
-        edits, refused, early = {}, {}, {}
-        attentions = [attention for attention in view.attentions() if self.takes(attention.path)]
+        edits, refused, tried = {}, {}, {}
         text = joint_side(view)
-        for attention in attentions:
+        for attention in view.attentions():
+            if not self.takes(attention.path):
+                continue
             module = view.module(attention.path)
             found = beside(view, attention, text)
-            why = found if isinstance(found, str) else self.refusal(positions(module))
+            why = found if isinstance(found, str) else self.refusal(tied(view, attention))
+            if not why:
+                kind = type(module), type(getattr(module, "processor", None)), bool(attention.added)
+                if kind not in tried:
+                    tried[kind] = spares_projections(view, attention, found["others"])
+                early, why = tried[kind]
             if why:
                 refused[attention.path] = why
                 continue
-            kind = type(module), type(getattr(module, "processor", None)), bool(attention.added)
-            if kind not in early:
-                early[kind] = spares_projections(view, attention, found["others"])
             settings = {"factor": self.factor, "average": self.by == "average", "least": self.least}
-            edits[attention.path] = settings | found | {"early": early[kind]}
+            edits[attention.path] = settings | found | {"early": early}
         if self.only and refused and not edits:
             path, why = next(iter(refused.items()))
             raise CompressError(f"tokens.downsample_kv cannot change {path}: {why}")
         return Plan(edits, notes={"refused": refused})
 
-    def refusal(self, tied: str) -> str:
+    def refusal(self, places: str) -> str:
         """Why an attention whose tokens are tied to their places in this way stays, or nothing."""
-        if BIASES.search(tied):
-            return tied
-        return f"{tied}, of which there is no average; by: nearest" if tied and self.by == "average" else ""
+        if BIASES.search(places):
+            return places
+        return f"{places}, of which there is no average; by: nearest" if places and self.by == "average" else ""
 
     def apply(self, view: View, plan: Plan) -> None:
         size, known = ImageSize(), {attention.path: attention for attention in view.attentions()}
@@ -132,6 +134,12 @@ def beside(view: View, attention: Attention, text: tuple[str, str]) -> dict | st
     return why or (patch if isinstance(patch, str) else {"patch": patch, "others": others})
 
 
+def tied(view: View, attention: Attention) -> str:
+    """What ties this attention's tokens to their places, itself or the block around it."""
+    owners = [view.module(block.path) for block in view.blocks() if attention.path in block.attentions]
+    return next(filter(None, map(positions, (view.module(attention.path), *owners))), "")
+
+
 def leading(view: View, attention: Attention) -> tuple[int, str]:
     """How many special tokens stand before an image's, or why that is not known."""
     block = next((block.path for block in view.blocks() if attention.path in block.attentions), "")
@@ -142,26 +150,33 @@ def leading(view: View, attention: Attention) -> tuple[int, str]:
 
 
 @torch.no_grad()
-def spares_projections(view: View, attention: Attention, others: int | str) -> bool:
-    """May keys and values be projected for the coarser grid only? Found by trying both on a grid of 4 x 4."""
-    if not (attention.k and attention.v) or positions(view.module(attention.path)):
-        return False  # rotary positions are those of all tokens
-    size, before = ImageSize(), others if isinstance(others, int) else 0
-    size.height = size.width = 4
+def spares_projections(view: View, attention: Attention, others: int | str) -> tuple[bool, str]:
+    """May keys and values be projected for the coarser grid only? Found by trying both on a grid of 4 x 4; or why the
+    attention cannot be reached at all."""
+    if positions(view.module(attention.path)):
+        return False, ""  # rotary positions are those of all tokens
     made = torch.Generator().manual_seed(0)
+    before = others if isinstance(others, int) else 0
     tokens = {"hidden_states": torch.randn(1, 16 + before, width(view, attention), generator=made)}
     if attention.added:
         text = width_in(view.module(attention.added["k"]))
         tokens["encoder_hidden_states"] = torch.randn(1, 3, text, generator=made)
-    original, answers = guinea_pig(view.module(attention.path)), []
-    for inside in ((), (attention.k, attention.v)):
-        module, core = deepcopy(original), CoarseKeys(attention.path, 2, False, 0, 1, others, size)
-        attend_module(module, view.library, core)
-        try:
-            for linear in inside:
-                module.get_submodule(linear[len(attention.path) + 1 :]).register_forward_pre_hook(core.thin_input)
-            answer = module(**tokens)
-        except WRONG:
-            return False
-        answers.append(answer[0] if isinstance(answer, tuple) else answer)
-    return answers[0].shape == answers[1].shape and torch.allclose(*answers, rtol=1e-4, atol=1e-4)
+    module = guinea_pig(view.module(attention.path))
+    size = ImageSize()
+    size.height = size.width = 4
+    core = CoarseKeys(attention.path, 2, False, 0, 1, others, size)
+    attend_module(module, view.library, core)
+    try:
+        late = module(**tokens)
+    except WRONG as error:
+        return False, f"its attention does not work on plain tokens ({error})"
+    inside = [linear[len(attention.path) + 1 :] for linear in (attention.k, attention.v) if linear]
+    try:
+        for name in inside:
+            module.get_submodule(name).register_forward_pre_hook(core.thin_input)
+        early = module(**tokens)
+    except WRONG:
+        return False, ""
+    late, early = (answer[0] if isinstance(answer, tuple) else answer for answer in (late, early))
+    same = late.shape == early.shape and torch.allclose(late, early, rtol=1e-4, atol=1e-4)
+    return same and len(inside) == 2, ""

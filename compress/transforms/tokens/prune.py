@@ -2,13 +2,13 @@
 
 After each of the blocks named a share of the tokens goes on; the others are replaced by one token, their mean weighted
 by their scores (a convex combination; the paper's weights do not sum to one), which later competes like the rest. A
-score is what the class token's attention gives a token (EViT), that times the length of the token's value
-(`value_aware`, after ATS), or the mean of what 16 queries evenly spaced give it (`received`, for models without a class
-token). Only these rows of the attention matrix are computed. `select: spread` takes tokens at even steps through the
-running sum of the scores, as ATS samples them, and fills up with the highest. With `proportional` a fused token that
-stands for s others counts s times as a key. Class, distillation and register tokens, a text's first and last token and
-padding stay as they are. The last block's output is copied back to all places, the fused token to all it stands for, so
-that shapes are as before. Needs no data and changes no weights.
+score is what the class token's attention gives a token (EViT; in a text the first token's), that times the length of
+the token's value (`value_aware`, after ATS), or the mean of what 16 queries evenly spaced give it (`received`, for
+models without a class token). Only these rows of the attention matrix are computed. `select: spread` takes tokens at
+even steps through the running sum of the scores, as ATS samples them, and fills up with the highest. With
+`proportional` a fused token that stands for s others counts s times as a key. Class, distillation and register tokens,
+a text's first and last token and padding stay as they are. The last block's output is copied back to all places, the
+fused token to all it stands for, so that shapes are as before. Needs no data and changes no weights.
 
 When it hurts: it goes by importance and not by likeness, so merging (tokens.merge) keeps more, though pooling keeps
 less. DINOv2-S on 60 photos, accuracy .700: at .68 of the FLOPs .617 and a mean KL of .33, where tokens.pool had .433
