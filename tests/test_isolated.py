@@ -145,9 +145,7 @@ def test_a_whole_pipeline_is_refused_without_compress(bare, tmp_path):
 
 def test_a_native_checkpoint_needs_nothing(bare, tmp_path):
     batch = MODELS["qwen3"]()[1]
-    model = emitted(
-        tmp_path, "qwen3", ["heads.prune"], {"keep": 0.5, "layout": "uniform"}, emit=Emit(format="native")
-    )
+    model = emitted(tmp_path, "qwen3", ["heads.prune"], {"keep": 0.5, "layout": "uniform"}, emit=Emit(format="native"))
     _, answer = ask(bare, tmp_path, "AutoModelForCausalLM", batch)
     with torch.no_grad():
         assert torch.equal(answer, run(model, batch))
