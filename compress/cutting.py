@@ -72,7 +72,7 @@ class Cut:
             if len(more) > len(gone):
                 gone = more
                 self.remove(gone, self.few)
-                curve.append((self.left(gone), self.loss()))
+                curve.append([self.left(gone), self.loss()])
         return gone, curve
 
     @quick_products()
@@ -143,7 +143,7 @@ def cut(method: Prune, view: View, parts: list[Part], batches: list[dict]) -> tu
     work.restore(weights)
     if method.repair and len(work.many) > len(work.few):
         work.remove(gone, work.many)
-        tried[score][-1], targets = (work.left(gone), work.loss()), work.targets
+        tried[score][-1], targets = [work.left(gone), work.loss()], work.targets
     left = kept(parts, gone)
     for part in parts:
         if isinstance(part.owner, MLP) and len(left[part.path]) < part.count:

@@ -145,7 +145,7 @@ def outcome(layers: dict[str, nn.Module], problem: Problem, sizes: Table, chosen
         "choices": chosen,
         "bits": {path: bits / layers[path].weight.numel() for path, bits in held.items()},
         "average": 8 * sum(sizes[path][name] for path, name in chosen.items()) / weights_in(layers),
-        "curve": frontier(problem.costs, problem.weights),
+        "curve": list(map(list, frontier(problem.costs, problem.weights))),
     }
 
 

@@ -111,8 +111,8 @@ def test_neutral_options_change_nothing(method, name):
 def test_the_plan_is_json(method, name):
     result = carried_out(method, name)
     assert json.loads(json.dumps(result.plan.edits)) == result.plan.edits
+    assert json.loads(json.dumps(result.plan.notes)) == result.plan.notes, "a report is read again"
     assert json.loads(json.dumps(result.steps)) == result.steps
-    assert json.dumps(result.plan.notes)
 
 
 @pytest.mark.parametrize(("method", "name"), PAIRS)
