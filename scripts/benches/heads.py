@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from benches.paired import Missing
-from benches.tables import ROOT, show, update
+from benches.tables import ROOT, fill
 from torch import Tensor, nn
 
 HEAD = ["model", "heads removed", "by", "measure", "original", "pruned", "processor seconds"]
@@ -46,16 +47,7 @@ SUBJECTS = {
 
 def main(names: list[str]) -> int:
     """Measure these models, or all."""
-    missed = 0
-    for name in names or SUBJECTS:
-        try:
-            for rows in measured(SUBJECTS[name]):
-                update(TABLE, HEAD, rows, keys=4)
-                show(HEAD, rows)
-        except Missing as reason:
-            print(f"skipped: {name}: {reason}")
-            missed += 1
-    return missed
+    return fill(TABLE, HEAD, {name: partial(measured, SUBJECTS[name]) for name in names or SUBJECTS})
 
 
 def measured(subject: Subject) -> Iterator[list[list[str]]]:

@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from benches.paired import Missing
-from benches.tables import ROOT, show, update
+from benches.tables import ROOT, fill
 from torch import nn
 
 HEAD = ["model", "what", "by", "measure", "original", "result", "processor seconds"]
@@ -56,17 +57,11 @@ SUBJECTS = {
 
 def main(names: list[str]) -> int:
     """Measure these models, or all; `model:layers` and `model:factors` measure one half."""
-    missed = 0
+    jobs = {}
     for name in names or SUBJECTS:
         model, _, half = name.partition(":")
-        try:
-            for rows in measured(SUBJECTS[model], half):
-                update(TABLE, HEAD, rows, keys=4)
-                show(HEAD, rows)
-        except Missing as reason:
-            print(f"skipped: {name}: {reason}")
-            missed += 1
-    return missed
+        jobs[name] = partial(measured, SUBJECTS[model], half)
+    return fill(TABLE, HEAD, jobs)
 
 
 def measured(subject: Subject, half: str) -> Iterator[list[list[str]]]:

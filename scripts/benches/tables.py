@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from benches.paired import Missing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,3 +28,17 @@ def show(head: list[str], rows: list[list[str]]) -> None:
     widths = [max(len(str(row[at])) for row in [head, *rows]) for at in range(len(head))]
     for row in [head, *rows]:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
+
+
+def fill(table: Path, head: list[str], jobs: dict[str, Callable[[], Iterator[list[list[str]]]]]) -> int:
+    """Put the rows of every job into a table as they come; the number of jobs that lacked something."""
+    missed = 0
+    for name, job in jobs.items():
+        try:
+            for rows in job():
+                update(table, head, rows, keys=4)
+                show(head, rows)
+        except Missing as reason:
+            print(f"skipped: {name}: {reason}")
+            missed += 1
+    return missed

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from benches.paired import Missing, load, paired
-from benches.tables import ROOT, show, update
+from benches.tables import ROOT, fill
 from torch import nn
 
 HEAD = ["model", "operations asked", "by", "measure", "kept", "original", "reduced", "time at 1", "time at 32", "load"]
@@ -45,16 +45,7 @@ SUBJECTS = {
 
 def main(names: list[str]) -> int:
     """Measure these models, or all."""
-    missed = 0
-    for name in names or SUBJECTS:
-        try:
-            for rows in measured(SUBJECTS[name]):
-                update(TABLE, HEAD, rows, keys=4)
-                show(HEAD, rows)
-        except Missing as reason:
-            print(f"skipped: {name}: {reason}")
-            missed += 1
-    return missed
+    return fill(TABLE, HEAD, {name: partial(measured, SUBJECTS[name]) for name in names or SUBJECTS})
 
 
 def measured(subject: Subject) -> Iterator[list[list[str]]]:

@@ -49,14 +49,6 @@ def through_torch(x, weight, scale, bias=None, *rest, **group):
     return plain(x, weight, scale, bias, *rest, *[None] * (3 - len(rest)), **group)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def poisoned(monkeypatch):
     """What torch's path leaves unwritten is NaN."""

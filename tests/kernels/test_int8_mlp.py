@@ -32,14 +32,6 @@ def one_after_the_other(x, up, down, activation, group=0):
     return int8_linear(int8_linear(x, *up, activation=activation, group=group), *down, group=group)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 8, 9, 23, 24, 61, 130, 500])
 def test_equals_two_layers_to_the_bit(count, dtype, threads):
