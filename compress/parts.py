@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,19 +107,18 @@ def edits(parts: list[Part], left: dict[str, list[int]]) -> dict[str, dict[str, 
 
 def keep(view: View, settings: dict[str, dict[str, Any]]) -> None:
     """Carry a plan's settings out."""
-    mlps = {mlp.path: mlp for mlp in view.mlps()} if any("width" in edit for edit in settings.values()) else {}
-    for path, edit in settings.items():
-        if "width" in edit:
-            view.keep_width(mlps[path], list(range(edit["width"])))
-        else:
-            view.keep_heads(view.attention(path), edit["groups"], edit["queries"])
+    _follow(view, settings, view.keep_width, view.keep_heads)
 
 
 def mask(view: View, settings: dict[str, dict[str, Any]]) -> None:
     """Make the answers independent of what they would remove."""
+    _follow(view, settings, view.mask_width, view.mask_heads)
+
+
+def _follow(view: View, settings: dict[str, dict[str, Any]], widths: Callable, heads: Callable) -> None:
     mlps = {mlp.path: mlp for mlp in view.mlps()} if any("width" in edit for edit in settings.values()) else {}
     for path, edit in settings.items():
         if "width" in edit:
-            view.mask_width(mlps[path], list(range(edit["width"])))
+            widths(mlps[path], list(range(edit["width"])))
         else:
-            view.mask_heads(view.attention(path), edit["groups"], edit["queries"])
+            heads(view.attention(path), edit["groups"], edit["queries"])
