@@ -116,7 +116,9 @@ def _formulas() -> dict:
     formulas = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     for operation in (aten._int_mm, aten._weight_int8pack_mm, aten._weight_int4pack_mm):
         formulas[operation] = _linear
-    for name in torch.ops.compress:  # our own, as far as the modules in use have registered them
+    # Our own, as far as the modules in use have registered them; torch.ops itself only knows what was called before.
+    known = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    for name in {own.partition(".")[0] for space, _, own in known if space == "compress"}:
         if "linear" in name or "matmul" in name:
             formulas[getattr(torch.ops.compress, name)] = _linear
         elif "mlp" in name:

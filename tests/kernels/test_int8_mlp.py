@@ -101,7 +101,8 @@ def test_gradients_are_those_of_two_layers():
     assert left.grad.abs().max() > 0 and torch.equal(left.grad, right.grad)
 
 
-def test_counts_as_its_two_products():
+def test_counts_as_its_two_products_even_before_it_ever_ran(monkeypatch):
+    monkeypatch.setattr(torch.ops.compress, "_dir", [])
     module = Int8Mlp(*(Int8Linear.from_linear(linear) for linear in (nn.Linear(24, 40), nn.Linear(40, 10))))
 
     class Model(nn.Module):
