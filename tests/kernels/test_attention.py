@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_kernels.attention import attention
-from compress_kernels.attention.cpu import LONGEST, suits
+from compress_kernels.attention.cpu import CODE, LONGEST, suits
 from compress_kernels.attention.reference import plain, reference
+from compress_kernels.native import build
 
 SHAPES = [  # batch, heads, kv heads, queries, keys, depth, value depth
     (2, 4, 4, 17, 17, 32, 32),
@@ -66,11 +67,19 @@ def test_against_float64(shape, causal, poison):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bf16_is_rounded_once(shape):
-    tensors = inputs(shape, torch.bfloat16)
-    result = attention(*tensors)
-    assert result.dtype == torch.bfloat16
-    assert close(result.double(), reference(*tensors, None, None, False), 4e-3)
+@pytest.mark.parametrize("causal", [False, True])
+def test_bf16_products(shape, causal, poison):
+    if causal and shape[3] > shape[4]:
+        pytest.skip("no query would see a key")
+    full, rounded = inputs(shape), inputs(shape, torch.bfloat16)
+    for mask in masks(shape):
+        result = attention(*rounded, mask, None, causal)
+        assert result.dtype == torch.bfloat16
+        assert close(result.double(), reference(*rounded, mask, None, causal), 3e-3 if build(CODE) else 1e-2)
+        result = attention(*full, mask, 0.3, causal, half=True)
+        assert result.dtype == torch.float32
+        expected = reference(*(tensor.bfloat16() for tensor in full), mask, 0.3, causal)
+        assert close(result, expected, 2e-3 if build(CODE) else 1e-2)
 
 
 @settings(deadline=None, max_examples=40)
@@ -80,6 +89,8 @@ def test_odd_sizes(queries, keys, depth, value_depth, causal):
     assert close(
         attention(query, key, value, None, None, causal), reference(query, key, value, None, None, causal), 5e-6
     )
+    expected = reference(query.bfloat16(), key.bfloat16(), value.bfloat16(), None, None, causal)
+    assert close(attention(query, key, value, None, None, causal, half=True), expected, 2e-2)
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_nan_stays_in_its_row():
@@ -141,7 +152,7 @@ def test_what_is_left_to_torch():
 def test_the_operator_is_whole():
     query, key, value = inputs((1, 4, 2, 16, 16, 8, 8))
     with torch.no_grad():
-        torch.library.opcheck(torch.ops.compress.attention.default, (query, key, value, None, None, True))
+        torch.library.opcheck(torch.ops.compress.attention.default, (query, key, value, None, None, True, False))
         compiled = torch.compile(attention, fullgraph=True, backend="eager")
         assert torch.equal(compiled(query, key, value), attention(query, key, value))
     assert attention(query.to("meta"), key.to("meta"), value.to("meta")).shape == query.shape

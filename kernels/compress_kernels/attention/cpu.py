@@ -35,13 +35,13 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "heads", "groups", "queries", "keys", "depth", "value_depth")),
         *((name, Strides) for name in ("q", "k", "v", "m")),
         ("m_column", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("mask_kind", "causal")),
+        *((name, ctypes.c_int32) for name in ("mask_kind", "causal", "half")),
         ("scale", ctypes.c_float),
     ]
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, causal: bool
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, causal: bool, half: bool
 ) -> Tensor:
     """softmax(query key^T scale + mask) value, [batch, heads, queries, depth]; grouped keys; masked rows give zeros."""
     library = build(CODE) if suits(query, key, value, mask) else None
@@ -63,7 +63,8 @@ def attention(
         0 if mask is None else mask.data_ptr(), out.data_ptr(),
         batch, heads, heads // kv_heads, queries, keys, depth, value.shape[-1],
         *(Strides(*tensor.stride()[:3]) for tensor in (query, key, value)), Strides(*steps[:3]), steps[3],
-        kind, causal, depth**-0.5 if scale is None else scale,
+        kind, causal, (half or query.dtype == torch.bfloat16) and library.takes_half(),
+        depth**-0.5 if scale is None else scale,
     )  # fmt: skip
     if library.attention(ctypes.byref(call)):
         raise MemoryError("attention found no memory for its scratch space")

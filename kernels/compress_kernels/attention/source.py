@@ -18,15 +18,34 @@ typedef struct {
     Strides q, k, v;                /* in elements; the last dimension is contiguous */
     Strides m; int64_t m_column;    /* of the mask, 0 where it is broadcast */
     int32_t mask_kind, causal;      /* 0 none, 1 bool, 2 float32 */
+    int32_t half;                   /* products of bfloat16, two at a time; their sums stay float32 */
     float scale;
 } Call;
 
 INLINE int64_t up(int64_t value, int64_t step) { return parts(value, step) * step; }
 
-/* c[rows, 16 * wide] = a[rows, depth] b[depth, 16 * wide] (+ c); rows and wide are constants where it is called */
+/* 32 numbers rounded to bfloat16, in their order. */
+INLINE __m512i halves(__m512 low, __m512 high) {
+#ifdef __AVX512BF16__
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+    return _mm512_castps_si512(low); /* never asked for: `takes_half` */
+#endif
+}
+INLINE __m512 multiply(__m512 sum, __m512 a, __m512 b, const int half) {
+#ifdef __AVX512BF16__
+    if (half) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#endif
+    return _mm512_fmadd_ps(a, b, sum);
+}
+
+/* A cell is one float or two bfloat16 that lie along the sum; every matrix and step below is counted in cells. */
+INLINE int64_t cells(const Call *call, int64_t numbers) { return call->half ? (numbers + 1) / 2 : numbers; }
+
+/* c[rows, 16 * wide] = a[rows, depth] b[depth, 16 * wide] * scale (+ c); rows, wide and half are constants here */
 INLINE void tile(
     const float *a, int64_t a_row, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t depth,
-    const int rows, const int wide, int add)
+    float scale, const int rows, const int wide, int add, const int half)
 {
     __m512 sum[ROWS][4];
     for (int r = 0; r < rows; r++)
@@ -36,22 +55,23 @@ INLINE void tile(
         for (int w = 0; w < wide; w++) column[w] = _mm512_loadu_ps(b + d * b_row + 16 * w);
         for (int r = 0; r < rows; r++) {
             __m512 factor = _mm512_set1_ps(a[r * a_row + d]);
-            for (int w = 0; w < wide; w++) sum[r][w] = _mm512_fmadd_ps(factor, column[w], sum[r][w]);
+            for (int w = 0; w < wide; w++) sum[r][w] = multiply(sum[r][w], factor, column[w], half);
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int w = 0; w < wide; w++) _mm512_storeu_ps(c + r * c_row + 16 * w, sum[r][w]);
+        for (int w = 0; w < wide; w++)
+            _mm512_storeu_ps(c + r * c_row + 16 * w, _mm512_mul_ps(sum[r][w], _mm512_set1_ps(scale)));
 }
 
 #define WIDE(rows) \
     switch (wide) { \
-    case 4: tile(a, a_row, b, b_row, c, c_row, depth, rows, 4, add); break; \
-    case 3: tile(a, a_row, b, b_row, c, c_row, depth, rows, 3, add); break; \
-    case 2: tile(a, a_row, b, b_row, c, c_row, depth, rows, 2, add); break; \
-    default: tile(a, a_row, b, b_row, c, c_row, depth, rows, 1, add); }
+    case 4: tile(a, a_row, b, b_row, c, c_row, depth, scale, rows, 4, add, half); break; \
+    case 3: tile(a, a_row, b, b_row, c, c_row, depth, scale, rows, 3, add, half); break; \
+    case 2: tile(a, a_row, b, b_row, c, c_row, depth, scale, rows, 2, add, half); break; \
+    default: tile(a, a_row, b, b_row, c, c_row, depth, scale, rows, 1, add, half); }
 
-static void product(const float *a, int64_t a_row, const float *b, int64_t b_row, float *c, int64_t c_row,
-                    int64_t rows, int64_t depth, int wide, int add)
+INLINE void products(const float *a, int64_t a_row, const float *b, int64_t b_row, float *c, int64_t c_row,
+                     int64_t rows, int64_t depth, float scale, int wide, int add, const int half)
 {
     for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row) { WIDE(6) }
     switch (rows) {
@@ -60,6 +80,12 @@ static void product(const float *a, int64_t a_row, const float *b, int64_t b_row
     case 3: WIDE(3) break;
     case 2: WIDE(2) break;
     case 1: WIDE(1) break; }
+}
+static void product(const float *a, int64_t a_row, const float *b, int64_t b_row, float *c, int64_t c_row,
+                    int64_t rows, int64_t depth, float scale, int wide, int add, int half)
+{
+    if (half) products(a, a_row, b, b_row, c, c_row, rows, depth, scale, wide, add, 1);
+    else products(a, a_row, b, b_row, c, c_row, rows, depth, scale, wide, add, 0);
 }
 
 /* e^x for x <= 0 to two units in the last place; 0 below -104 */
@@ -129,25 +155,51 @@ static float softmax(float *scores, int64_t keys) {
     return 1.0f / _mm512_reduce_add_ps(_mm512_add_ps(sum, more));
 }
 
-/* keys from start on, [PANEL, depth] -> [depth, PANEL], zeros beyond the last key */
+/* Floats -> their cells, in place; both end in zeros up to a multiple of 16. */
+static void narrow(float *row, int64_t count) {
+    for (int64_t j = 0; j < count; j += 32) {
+        __m512 high = j + 16 < count ? _mm512_loadu_ps(row + j + 16) : _mm512_setzero_ps();
+        _mm512_storeu_si512(row + j / 2, halves(_mm512_loadu_ps(row + j), high));
+    }
+}
+
+/* 16 cells of a row whose numbers end after `left`, zeros beyond */
+INLINE __m512i row_cells(const Call *call, Floats from, int64_t at, int64_t left) {
+    if (!call->half) return _mm512_castps_si512(load(from, at, head16(left)));
+    if (from.half) return _mm512_maskz_loadu_epi16(left < 0 ? 0 : left >= 32 ? ~0u : (1u << left) - 1,
+                                                   (const uint16_t *)from.data + at);
+    return halves(load(from, at, head16(left)), load(from, at + 16, head16(left - 16)));
+}
+
+/* keys from start on, [PANEL, cells of depth] -> [cells of depth, PANEL], zeros beyond the last key */
 static void pack_keys(const Call *call, int64_t at, int64_t start, float *panel) {
+    int64_t deep = cells(call, call->depth), numbers = call->half ? 2 : 1;
     for (int64_t j = start; j < start + PANEL; j += 16)
-        for (int64_t d = 0; d < call->depth; d += 16) {
-            int64_t deep = call->depth - d < 16 ? call->depth - d : 16;
+        for (int64_t d = 0; d < deep; d += 16) {
             __m512i row[16];
             for (int i = 0; i < 16; i++) {
-                __mmask16 inside = j + i < call->keys ? head16(deep) : 0;
-                row[i] = _mm512_castps_si512(load(call->key, at + (j + i) * call->k.row + d, inside));
+                int64_t left = j + i < call->keys ? call->depth - d * numbers : 0;
+                row[i] = row_cells(call, call->key, at + (j + i) * call->k.row + d * numbers, left);
             }
             transpose(row);
-            for (int64_t i = 0; i < deep; i++) _mm512_storeu_si512(panel + (d + i) * PANEL + j - start, row[i]);
+            for (int64_t i = 0; i < least(16, deep - d); i++)
+                _mm512_storeu_si512(panel + (d + i) * PANEL + j - start, row[i]);
         }
 }
 
 static void pack_values(const Call *call, int64_t at, int64_t start, int64_t count, float *values, int64_t width) {
-    for (int64_t j = start; j < start + count; j++, values += width)
-        for (int64_t d = 0; d < width; d += 16)
-            _mm512_storeu_ps(values + d, load(call->value, at + j * call->v.row + d, head16(call->value_depth - d)));
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int64_t j = start; j < start + count; j += call->half ? 2 : 1, values += width)
+        for (int64_t d = 0; d < width; d += 16) {
+            __mmask16 inside = head16(call->value_depth - d);
+            __m512 one = load(call->value, at + j * call->v.row + d, inside);
+            if (call->half) { /* two keys a cell */
+                __m512 two = load(call->value, at + (j + 1) * call->v.row + d, j + 1 < start + count ? inside : 0);
+                one = _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves(one, two)));
+            }
+            _mm512_storeu_ps(values + d, one);
+        }
 }
 
 /* One head of keys and the queries of all heads that read it, in one row of queries. */
@@ -187,16 +239,15 @@ static int64_t trimmed(const Head *h, int64_t start, int64_t rows, int64_t reach
 
 static void block(const Head *h, int64_t start, int64_t rows) {
     const Call *call = h->call;
-    int64_t depth = call->depth, padded = h->padded, width = h->width, reach = 0;
+    int64_t depth = cells(call, call->depth), padded = h->padded, width = h->width, reach = 0;
+    int numbers = call->half ? 2 : 1;
     float inverse[BLOCK];
     for (int64_t i = 0; i < rows; i++) {
         int64_t row = start + i, seen = visible(h, row);
         int64_t at = h->b * call->q.batch + head_of(h, row) * call->q.head + row % call->queries * call->q.row;
-        for (int64_t d = 0; d < depth; d += 16) {
-            __mmask16 inside = head16(depth - d);
-            __m512 value = _mm512_mul_ps(load(call->query, at + d, inside), _mm512_set1_ps(call->scale));
-            _mm512_mask_storeu_ps(h->query + i * depth + d, inside, value);
-        }
+        for (int64_t d = 0; d < depth; d += 16)
+            _mm512_mask_storeu_epi32(h->query + i * depth + d, head16(depth - d),
+                                     row_cells(call, call->query, at + d * numbers, call->depth - d * numbers));
         reach = seen > reach ? seen : reach;
     }
     reach = trimmed(h, start, rows, reach);
@@ -204,23 +255,25 @@ static void block(const Head *h, int64_t start, int64_t rows) {
         int wide = reach - j >= PANEL ? 4 : (int)(up(reach - j, 16) / 16);
         float *panel = h->panels + (h->once ? 0 : j * depth);
         if (h->once) pack_keys(call, h->b * call->k.batch + h->kv * call->k.head, j, panel);
-        product(h->query, depth, panel, PANEL, h->scores + j, padded, rows, depth, wide, 0);
+        product(h->query, depth, panel, PANEL, h->scores + j, padded, rows, depth, call->scale, wide, 0, call->half);
     }
     for (int64_t i = 0; i < rows; i++) {
         float *row = h->scores + i * padded;
         int64_t seen = visible(h, start + i);
         int plain = seen >= reach && !call->mask_kind;
         int left = reach > 0 && (plain || hide(row, reach, seen, call, mask_of(h, start + i)));
-        if (!left) memset(row, 0, reach * sizeof(float));
+        if (!left) memset(row, 0, up(reach, 16) * sizeof(float));
         inverse[i] = left ? softmax(row, reach) : 0;
+        if (call->half) narrow(row, reach);
     }
     for (int64_t j = 0; j < reach || j == 0; j += CHUNK) {
-        int64_t deep = reach - j < CHUNK ? reach - j : CHUNK;
-        float *values = h->values + (h->once ? 0 : j * width);
+        int64_t deep = least(CHUNK, reach - j);
+        float *values = h->values + (h->once ? 0 : cells(call, j) * width);
         if (h->once) pack_values(call, h->b * call->v.batch + h->kv * call->v.head, j, deep, values, width);
         for (int64_t d = 0; d < width; d += 64) {
             int wide = width - d >= 64 ? 4 : (int)(width - d) / 16;
-            product(h->scores + j, padded, values + d, width, h->sums + d, width, rows, deep, wide, j > 0);
+            product(h->scores + cells(call, j), padded, values + d, width, h->sums + d, width, rows, cells(call, deep),
+                    1, wide, j > 0, call->half);
         }
     }
     for (int64_t i = 0; i < rows; i++) {
@@ -237,21 +290,30 @@ static void block(const Head *h, int64_t start, int64_t rows) {
 static int head(const Call *call, int64_t b, int64_t kv, int64_t share, int64_t shares) {
     int64_t rows = call->groups * call->queries, blocks = (rows + BLOCK - 1) / BLOCK;
     Head h = { call, b, kv, up(call->keys, PANEL), up(call->value_depth, 16), blocks == 1 };
-    int64_t keys = (h.once ? PANEL : h.padded) * call->depth, values = (h.once ? CHUNK : call->keys) * h.width;
-    int64_t size = keys + values + BLOCK * (h.padded + call->depth + h.width);
+    int64_t depth = cells(call, call->depth), keys = (h.once ? PANEL : h.padded) * depth;
+    int64_t values = cells(call, h.once ? CHUNK : call->keys) * h.width;
+    int64_t size = keys + values + BLOCK * (h.padded + depth + h.width);
     h.panels = aligned_alloc(64, up(size * sizeof(float), 64));
     if (!h.panels) return 1;
     h.values = h.panels + keys, h.scores = h.values + values;
     h.sums = h.scores + BLOCK * h.padded, h.query = h.sums + BLOCK * h.width;
     if (!h.once) {
         for (int64_t j = 0; j < call->keys; j += PANEL)
-            pack_keys(call, b * call->k.batch + kv * call->k.head, j, h.panels + j * call->depth);
+            pack_keys(call, b * call->k.batch + kv * call->k.head, j, h.panels + j * depth);
         pack_values(call, b * call->v.batch + kv * call->v.head, 0, call->keys, h.values, h.width);
     }
     for (int64_t i = share; i < blocks; i += shares)
         block(&h, i * BLOCK, rows - i * BLOCK < BLOCK ? rows - i * BLOCK : BLOCK);
     free(h.panels);
     return 0;
+}
+
+int takes_half(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 int attention(const Call *call) {
