@@ -1,4 +1,4 @@
-"""A changed copy of a model learns to answer as the original and with fewer outliers between its layers."""
+"""A changed copy of a model learns to answer as the original, and what else a method asks of its layers."""
 
 from __future__ import annotations
 
@@ -22,24 +22,28 @@ def kurtosis(x: Tensor) -> Tensor:
 
 
 class Lesson:
-    """Teacher, student and data; what is asked of the student is the teacher's answer and quiet layers."""
+    """Teacher, student and data; what is asked of the student is the teacher's answer."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[dict], strength: float) -> None:
-        self.student, self.strength = student, strength
+    def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[dict]) -> None:
+        self.student = student
         held = max(len(batches) // HELD, 1)
         self.held = batches[-held:]
         self.lessons = batches[:-held] or batches  # a single batch has to do for both
         with torch.no_grad():
             self.targets = {id(batch): seen(teacher, batch)[0] for batch in batches}
 
-    def teach(self, steps: int, anneal: Callable[[float], None]) -> None:
-        """Adam on all weights but tables; `anneal(share of the steps that are done)` comes before each step."""
-        tables = {id(m.weight) for m in self.student.modules() if isinstance(m, nn.Embedding)}
-        weights = [p for p in self.student.parameters() if p.is_floating_point() and id(p) not in tables]
+    def teach(
+        self, weights: list[nn.Parameter], steps: int, also: Callable[[list[Tensor]], Tensor],
+        anneal: Callable[[float], None] = lambda done: None, rate: float = RATE,
+    ) -> None:  # fmt: skip
+        """Adam on these weights at a rate of so much of their size; `also` adds to the loss what the layers give.
+
+        `anneal(twice the share of the steps that are done, at most 1)` comes before each step.
+        """
         self.student.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_()
-        adam = torch.optim.Adam([{"params": [w], "lr": RATE * size_of(w)} for w in weights])
+        adam = torch.optim.Adam([{"params": [w], "lr": rate * size_of(w)} for w in weights])
         fall = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
         generator = torch.Generator().manual_seed(0)
         for step in range(steps):
@@ -48,13 +52,13 @@ class Lesson:
             adam.zero_grad()
             with torch.enable_grad():
                 got, layers = seen(self.student, batch)
-                loss = distance(got, self.targets[id(batch)])
-                loss = loss + self.strength * torch.stack([kurtosis(x).log() for x in layers]).mean()
+                loss = distance(got, self.targets[id(batch)]) + also(layers)
             if not loss.isfinite():
-                raise CompressError("the distillation diverged; give fewer steps or less strength")
+                raise CompressError("the distillation diverged; give fewer steps")
             loss.backward()
             adam.step()
             fall.step()
+        self.student.requires_grad_(False)
 
     @torch.no_grad()
     def examine(self, model: nn.Module) -> dict:
@@ -70,6 +74,15 @@ class Lesson:
             "kurtosis by layer": tails.tolist(),
             "largest by layer": peaks.tolist(),
         }
+
+
+def take_over(model: nn.Module, student: nn.Module) -> dict[str, Tensor]:
+    """Give the model the student's parameters; those that only the student has, with its new buffers, are returned."""
+    trained = student.state_dict()
+    old = dict(model.named_parameters())
+    for name, parameter in old.items():
+        parameter.data.copy_(trained[name])
+    return {name: tensor for name, tensor in trained.items() if name not in model.state_dict()}
 
 
 def seen(model: nn.Module, batch: dict) -> tuple[Tensor, list[Tensor]]:

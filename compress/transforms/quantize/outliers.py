@@ -24,6 +24,9 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor, nn
+
 from compress.attend import attend_through, refusal
 from compress.errors import CompressError
 from compress.nn.quiet_attention import ClippedSoftmax, GatedAttention
@@ -63,11 +66,11 @@ class Outliers(Transform):
         return Plan(edits, notes={"refused": refused})
 
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
-        from compress.teaching import Lesson
+        from compress.teaching import Lesson, kurtosis, take_over
 
         student = deepcopy(view.model)
         self.apply(View(student), plan)
-        lesson = Lesson(view.model, student, batches, self.strength)
+        lesson = Lesson(view.model, student, batches)
         before = lesson.examine(view.model)
         cores = [student.get_submodule(path).attend for path in plan.edits]
 
@@ -77,19 +80,19 @@ class Outliers(Transform):
                     wanted = [self.alpha * done, 1 + (self.zeta - 1) * done]
                     core.alpha_zeta.copy_(core.alpha_zeta.new_tensor(wanted))
 
-        lesson.teach(self.steps, anneal)
+        def loud(layers: list[Tensor]) -> Tensor:
+            return self.strength * torch.stack([kurtosis(x).log() for x in layers]).mean()
+
+        tables = {id(module.weight) for module in student.modules() if isinstance(module, nn.Embedding)}
+        weights = [p for p in student.parameters() if p.is_floating_point() and id(p) not in tables]
+        lesson.teach(weights, self.steps, loud, anneal)
         after = lesson.examine(student)
         better = after["kurtosis"] < before["kurtosis"] and after["error"] <= self.error
         notes = plan.notes | {"before": before, "after": after, "kept": "the trained" if better else "the start"}
         if not better:
             start = {"alpha": 0.0, "zeta": 1.0} if self.by == "clip" else {}
             return Plan({path: edit | start for path, edit in plan.edits.items()}, notes=notes)
-        trained = dict(student.named_parameters())
-        old = dict(view.model.named_parameters())
-        for name, parameter in old.items():
-            parameter.data.copy_(trained[name])
-        added = {name: tensor.data for name, tensor in trained.items() if name not in old}
-        return Plan(plan.edits, added, notes)
+        return Plan(plan.edits, take_over(view.model, student), notes)
 
     def apply(self, view: View, plan: Plan) -> None:
         known = {attention.path: attention for attention in view.attentions()}
