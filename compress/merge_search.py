@@ -49,17 +49,18 @@ class Trial:
 
         Single features of merged tokens differ much and mean little.
         """
-        self._follow(edits)
-        return self.answers.distance(self.model) if self.answers.logits else self.answers.turn(self.model)
+        model = self.following(edits)
+        return self.answers.distance(model) if self.answers.logits else self.answers.turn(model)
 
     def share(self, edits: dict[str, dict]) -> float:
         """The part of the operations that is left under these rules."""
-        self._follow(edits)
-        return count(self.model, self.row) / self.whole
+        return count(self.following(edits), self.row) / self.whole
 
-    def _follow(self, edits: dict[str, dict]) -> None:
+    def following(self, edits: dict[str, dict]) -> nn.Module:
+        """The model, which now merges by these rules."""
         for path in self.paths:
             self.model.get_submodule(path).merge.rule = Rule(**edits[path]["rule"])
+        return self.model
 
 
 def choose_metric(trial: Trial, edits: dict[str, dict]) -> tuple[dict[str, dict], dict[str, float]]:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from html import escape
 
 from compress.measure import human
-from compress.plots import bars, cells, curve
+from compress.plots import bars, cells, curve, mosaic
 from compress.report import LEDGER, MEASURES, Report
 
 STYLE = """
@@ -54,6 +54,7 @@ def page(report: Report) -> str:
         *_waterfall(report),
         *[plot for step in report.steps if "allocation" in step["notes"] for plot in _allocation(step)],
         *[_rounds(step) for step in report.steps if "curves" in step["notes"]],
+        *[_merged(step, *sample) for step in report.steps for sample in enumerate(step["notes"].get("pictures", []))],
         "<h2>Layers</h2>" if report.layers or _scores(report) else "",
         *_layers(report),
         *[bars(title, [(path, value, value, human(value)) for path, value in rows]) for title, rows in _scores(report)],
@@ -130,6 +131,12 @@ def _rounds(step: dict) -> str:
         f"{step['use']}: loss on held-out data for the share that stays; line: the rounds by {step['notes']['taken']}"
     )
     return curve(title, [tuple(point) for point in told[step["notes"]["taken"]]], marks, "share")
+
+
+def _merged(step: dict, number: int, sample: dict) -> str:
+    """A sample image, and what is one token after each block."""
+    title = f"{step['use']}: image {number + 1}, and the tokens that are left after each block"
+    return mosaic(title, sample["width"], sample["colours"], sample["groups"])
 
 
 def _layers(report: Report) -> list[str]:

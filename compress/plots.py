@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import defaultdict
 from html import escape
+from itertools import groupby
 
 from compress.measure import human
 
 LABEL, BAR, VALUE, ROW = 300, 420, 150, 22  # widths of the three columns and the height of a row
 LETTERS = 40  # how many fit into LABEL
 CELL = 28  # width of a cell
+TILE, GAP = 96, 8  # side of a picture and the space behind it
 HEIGHT, DOT = 260, 4  # of a curve and of its marks
 
 
@@ -40,6 +44,36 @@ def cells(title: str, rows: dict[str, dict[int, tuple[str, float, str]]]) -> str
                 f'<text class="cell" x="{left + CELL / 2 - 1:g}" y="{top + 15}">{escape(text)}</text></g>'
             )
     return _figure(title, "".join(drawn), LABEL + columns * CELL, len(rows) * ROW)
+
+
+def mosaic(title: str, width: int, colours: list[str], groups: dict[str, list[int]]) -> str:
+    """An image as its patches, and after each block with what was merged by then in one colour."""
+    side, drawn = TILE / width, []
+    rows = -(-len(colours) // width)
+    tiles = {"image": list(range(len(colours))), **groups}
+    for index, (name, places) in enumerate(tiles.items()):
+        left, members = index * (TILE + GAP), defaultdict(list)
+        for patch, place in enumerate(places):
+            members[place].append(patch)
+        shade = {place: blend([colours[patch] for patch in own]) for place, own in members.items()}
+        told = f"{name}: {len(colours)} patches in {len(members)} tokens"
+        drawn.append(f"<g><title>{escape(told)}</title>")
+        for row in range(rows):
+            start = row * width
+            for colour, run in groupby(range(start, start + width), key=lambda patch: shade[places[patch]]):  # noqa: B023
+                own = list(run)
+                x, y, long = left + (own[0] - start) * side, row * side, len(own) * side
+                drawn.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{long:.1f}" height="{side:.1f}" fill="#{colour}"/>')
+        number = re.findall(r"\d+", name)
+        label = f"{number[-1] if number else name}: {len(members)}"
+        drawn.append(f'<text class="cell" x="{left + TILE / 2}" y="{rows * side + 15:.0f}">{escape(label)}</text></g>')
+    return _figure(title, "".join(drawn), len(tiles) * (TILE + GAP), rows * side + ROW)
+
+
+def blend(colours: list[str]) -> str:
+    """The mean of hexadecimal colours."""
+    parts = [[int(colour[at : at + 2], 16) for colour in colours] for at in (0, 2, 4)]
+    return "".join(f"{round(sum(part) / len(part)):02x}" for part in parts)
 
 
 def curve(title: str, line: list[tuple[float, float]], marks: dict[str, tuple[float, float]], unit: str) -> str:

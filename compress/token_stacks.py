@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from compress.attend import attend_through
+from compress.attend import refusal as attend_refusal
 from compress.errors import CompressError
 from compress.nn.token_merge import MergeAfter, Sized, Tokens
-from compress.roles import join
-from compress.token_layout import patch_size
-from compress.transforms.tokens.merge import after, stacks
-from compress.view import Block, View
+from compress.roles import join, parent_of
+from compress.token_layout import above, merge_point, patch_size, positions, special_tokens
+from compress.view import Attention, Block, View
+
+WINDOWS = ("window_size", "shift_size")
 
 
 def chosen(view: View, name: str, places: tuple[int, ...] | None, default: Callable[[int], set[int]]) -> list[Block]:
@@ -27,8 +29,6 @@ def chosen(view: View, name: str, places: tuple[int, ...] | None, default: Calla
 
 def shrinkable(view: View, blocks: list[Block]) -> dict[str, dict | str]:
     """For each of these blocks: the part after which its tokens may be fewer and the special ones, or why none may."""
-    if view.library == "diffusers":
-        return {block.path: "it belongs to a diffusion model, whose blocks hand on the full image" for block in blocks}
     found = after(view)
     return {block.path: found[block.path] for block in blocks}
 
@@ -72,3 +72,56 @@ def hand_on_fewer(
 def weighing(edits: dict[str, dict]) -> Callable:
     """Makes the core that lets every token weigh as many as it stands for, where the edits ask for it."""
     return lambda tokens, edit: (Sized(tokens, next(iter(edits.values()))["proportional"]),)
+
+
+def stacks(view: View) -> dict[str, list[Block]]:
+    """The blocks that follow each other, by the path of the list that holds them."""
+    found = {}
+    for block in view.blocks():
+        found.setdefault(parent_of(block.path), []).append(block)
+    return found
+
+
+def after(view: View) -> dict[str, dict | str]:
+    """For every block: what a merge after it must know, or why there can be none."""
+    attentions = {attention.path: attention for attention in view.attentions()}
+    found = {}
+    for stack, blocks in stacks(view).items():
+        whys = [refusal(view, block, [attentions[path] for path in block.attentions]) for block in blocks]
+        why = next(filter(None, whys), "") or stack_refusal(view, stack, blocks)
+        special = "" if why else special_tokens(view.model, stack)
+        why = why or (special if isinstance(special, str) else "")
+        point = "" if why else merge_point(view, blocks[0].path, attentions[blocks[0].attentions[0]])
+        found |= {block.path: why or {"after": point, "rule": special} for block in blocks}
+        if not point:
+            found[blocks[-1].path] = why or "it is the last of its stack, where a merge would save nothing"
+    return found
+
+
+def refusal(view: View, block: Block, attentions: list[Attention]) -> str:
+    """Why this block cannot work on merged tokens, or nothing."""
+    if view.library == "diffusers":
+        return "a diffusion model's blocks hand on the full image; tokens.merge_unmerge merges around their attentions"
+    if view.library != "transformers":
+        return "its model is not of transformers"
+    if len(attentions) != 1:
+        return f"it has {len(attentions)} attentions, it must have one"
+    if attentions[0].cross:
+        return "its keys come from another sequence"
+    if attentions[0].causal:
+        return "it is causal: merged tokens would mix positions and let early ones see late ones"
+    modules = view.module(block.path), view.module(attentions[0].path)
+    if any(hasattr(module, name) for module in modules for name in WINDOWS):
+        return "it attends within windows of the full grid"
+    return next(filter(None, map(positions, modules)), "") or attend_refusal(view, attentions[0])
+
+
+def stack_refusal(view: View, stack: str, blocks: list[Block]) -> str:
+    """Why a stack cannot hand merged tokens from block to block, or nothing."""
+    if len(blocks) != len(list(view.module(stack).children())):
+        return f"{stack} also holds layers without attention"
+    if any(hasattr(view.module(block.path), "merge") for block in blocks):
+        return "it merges tokens already"
+    if any(hasattr(module, "out_features") for module in above(view.model, stack)):
+        return "its model is a backbone that hands out the tokens between its blocks"
+    return ""

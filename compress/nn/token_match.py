@@ -91,10 +91,17 @@ def match(
         turn = torch.arange(r, device=metric.device)[None] - rows[:, None]
         padding = alive.int().argsort(dim=-1, stable=True)[:, :r].gather(1, turn.clamp(min=0))
         gone, target = torch.where(turn < 0, gone, padding), torch.where(turn < 0, target, padding)
+    return arranged(gone, target, tokens)
+
+
+def arranged(gone: Tensor, target: Tensor, tokens: int) -> Matching:
+    """Where every token is found when those of `gone` (B,r) go where those of `target` (B,r) are, which stay."""
+    index = torch.arange(tokens, device=gone.device).expand(len(gone), -1)
     stays = torch.ones_like(index, dtype=torch.bool).scatter(1, gone, False)
     place = (stays.cumsum(1) - 1).clamp(min=0)
     # Tokens that go are written to a spare last column.
-    kept = index.new_zeros(batch, tokens - r + 1).scatter(1, place.masked_fill(~stays, tokens - r), index)[:, :-1]
+    left = tokens - gone.shape[1]
+    kept = index.new_zeros(len(index), left + 1).scatter(1, place.masked_fill(~stays, left), index)[:, :-1]
     return Matching(kept, gone, place.scatter(1, gone, place.gather(1, target)))
 
 

@@ -155,28 +155,6 @@ class MergeAfter(nn.Module):
         return on_first(output, self.tokens.unmerge)
 
 
-class MergeAround(nn.Module):
-    """Hooks of an attention module that merge the tokens it reads and copy its answer back to all of them."""
-
-    def __init__(self, tokens: Tokens, rule: Rule):
-        super().__init__()
-        self.tokens, self.rule = tokens, rule
-
-    def extra_repr(self) -> str:
-        return str(self.rule)
-
-    def shrink(self, module, args, kwargs):
-        if kwargs.get("attention_mask") is not None:
-            raise CompressError("tokens.merge: the image's tokens come with an attention mask, which it does not know")
-        self.tokens.reset()
-        if args:
-            return (self.tokens.merge(args[0], self.rule), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self.tokens.merge(kwargs["hidden_states"], self.rule)}
-
-    def restore(self, module, args, output):
-        return on_first(output, self.tokens.unmerge)
-
-
 def on_first(output, change):
     """Blocks answer with a tensor or with a tuple that begins with it."""
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)

@@ -43,9 +43,42 @@ SUBJECTS = {
 }  # fmt: skip
 
 
+RATIOS = (0.25, 0.5)  # of the tokens of a denoiser's attentions
+AROUND = {  # tomesd takes the first tokens of its cells by chance, which on the digits is no better nor worse
+    "tomesd's rule": {"similarity": "cosine", "proportional": False},
+    "tokens.merge_unmerge, reach 1": {"reach": 1},
+    "tokens.merge_unmerge": {},
+}
+
+
 def main(names: list[str]) -> int:
     """Measure these models, or all."""
-    return fill(TABLE, HEAD, {name: partial(measured, SUBJECTS[name]) for name in names or SUBJECTS})
+    jobs = {name: partial(measured, subject) for name, subject in SUBJECTS.items()} | {"digits-dit": denoiser}
+    return fill(TABLE, HEAD, {name: jobs[name] for name in names or jobs})
+
+
+def denoiser() -> Iterator[list[list[str]]]:
+    """Merges around the attentions of a small diffusion transformer, along its recorded sampling."""
+    from compress.data import batches
+    from compress.flops import count
+    from compress.source import open_source
+    from compress.transforms.tokens.merge_unmerge import MergeUnmerge
+    from compress.validate import measure
+
+    folder = ROOT / "models" / "digits-dit"
+    if not folder.exists():
+        raise Missing("scripts/train-dit")
+    source = open_source(str(folder), dtype="float32")
+    held = batches(str(folder / "trajectory.safetensors"), source, samples=600, length=0, batch=32, seed=None)
+    one, many = ({key: value[:number] for key, value in held[0].items()} for number in (1, 32))
+    left = partial(kept, one=one, whole=count(source.model, one))
+    for share in RATIOS:
+        for label, options in AROUND.items():
+            merged = applied(source.model, MergeUnmerge(ratio=share, **options), held)
+            error = measure(["relative_error"], merged, source.model, held)["relative_error"]
+            costs = [f"{ratio(source.model, merged, batch):.3f}" for batch in (one, many)] + [load()]
+            cells = [f"{share:.2f} of the tokens", label, "relative_error", f"{left(merged):.3f}", "0", f"{error:.4f}"]
+            yield [["digits-dit", *cells, *costs]]
 
 
 def measured(subject: Subject) -> Iterator[list[list[str]]]:

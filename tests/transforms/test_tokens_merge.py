@@ -4,7 +4,6 @@ import copy
 import json
 import re
 
-import diffusers
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +13,7 @@ import models
 from compress.errors import CompressError
 from compress.merge_search import Trial, within
 from compress.nn.token_match import Rule, bystanders, match, merge, unmerge
-from compress.nn.token_merge import Sized, Tokens
+from compress.nn.token_merge import Tokens
 from compress.outputs import relative_error, run
 from compress.transform import Plan
 from compress.transforms.tokens.merge import Merge
@@ -239,10 +238,6 @@ def test_shares_and_counts_may_differ_by_block():
         Merge(ratio=(0.1, 0.2)).plan(View(model))
     with pytest.raises(CompressError, match="ratio and flops are both given"):
         Merge(ratio=0.1, flops=0.7).plan(View(model))
-    denoiser = models.MODELS["dit"]()[0]
-    for options in ({"metric": "keys"}, {"flops": 0.8}):
-        with pytest.raises(CompressError, match="is for stacks of blocks"):
-            Merge(**options).plan(View(denoiser))
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "dinov2"])
@@ -289,10 +284,9 @@ def image(name, kind="AutoModel", size=32, **options):
 
 
 ENCODERS = ["bert", "vit", "dinov2", "clip", "whisper"]
-DENOISERS = ["dit", "pixart", "sd3", "unet2d_condition"]
 
 
-@pytest.mark.parametrize("name", ENCODERS + DENOISERS)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_every_model_it_takes(name):
     model, batch = models.MODELS[name]()
     stock, merged = answers(model, batch), compressed(model, ratio=0.3)
@@ -313,11 +307,8 @@ def test_every_model_it_takes(name):
         ("llama", "model.layers.0", "it is causal"),
         ("gpt2", "transformer.h.0", "it is causal"),
         ("swin", "encoder.layers.0.blocks.0", "within windows"),
-        ("flux", "transformer_blocks.0.attn", "positions are those of the full input"),
-        ("flux", "single_transformer_blocks.0.attn", "positions are those of the full input"),
         ("t5", "encoder.block.0", "positions are those of the full input"),
-        ("unet2d", "mid_block.attentions.0", "a map (B, C, H, W)"),
-        ("pixart", "transformer_blocks.0.attn2", "keys come from another sequence"),
+        ("dit", "transformer_blocks.0", "hand on the full image"),
         ("vit", "vit.layers.1", "last of its stack"),
     ],
 )
@@ -330,9 +321,8 @@ def test_refused_by_name_with_the_reason(name, path, reason):
 
 
 def test_a_merge_twice_is_refused():
-    for name in ("vit", "dit"):
-        plan = Merge().plan(View(compressed(models.MODELS[name]()[0])))
-        assert plan.edits == {} and "merges tokens already" in str(plan.notes)
+    plan = Merge().plan(View(compressed(models.MODELS["vit"]()[0])))
+    assert plan.edits == {} and "merges tokens already" in str(plan.notes)
 
 
 @pytest.mark.parametrize(
@@ -384,23 +374,6 @@ def test_merging_equal_tokens_is_exact_when_they_weigh_what_they_stand_for(atten
         torch.testing.assert_close(exact, stock, rtol=1e-6, atol=1e-6)
     light = answers(compressed(model, r=4, proportional=False), batch)
     assert relative_error(light, stock) > 1e-3
-
-
-def test_dit_with_equal_tokens_is_exact_too():
-    """SD3 as well: the log sizes belong to the image's keys, the text's weigh one."""
-    for name, path in (("dit", "pos_embed.pos_embed"), ("sd3", "pos_embed.pos_embed")):
-        model, batch = models.MODELS[name]()
-        model = model.double()
-        model.get_buffer(path).zero_()
-        batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
-        batch["hidden_states"] = batch["hidden_states"][..., :2].repeat(1, 1, 1, 4)
-        stock = answers(model, batch)
-        torch.testing.assert_close(answers(compressed(model, ratio=0.5), batch), stock, rtol=1e-6, atol=1e-6)
-        assert (
-            relative_error(answers(compressed(model, ratio=0.5, proportional=False), batch), stock) < 1e-6
-            or name == "sd3"
-        )
-    assert relative_error(answers(compressed(model, ratio=0.5, proportional=False), batch), stock) > 1e-5
 
 
 def bert(attention="sdpa"):
@@ -463,7 +436,7 @@ def test_a_copy_shares_its_state_only_with_itself():
     torch.testing.assert_close(inner[0], out[:2], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "sd3"])
+@pytest.mark.parametrize("name", ["vit", "bert"])
 def test_the_plan_on_meta_gives_the_same_tree(name):
     model, batch = models.MODELS[name]()
     empty = copy.deepcopy(model).to("meta")
@@ -474,12 +447,11 @@ def test_the_plan_on_meta_gives_the_same_tree(name):
     assert answers(empty, {key: value.to("meta") for key, value in batch.items()}).shape == answers(merged, batch).shape
 
 
-@pytest.mark.parametrize("name", ["vit", "dit"])
-def test_compiles_without_a_graph_break_and_once(name):
-    model, batch = models.MODELS[name]()
+def test_compiles_without_a_graph_break_and_once():
+    model, batch = models.MODELS["vit"]()
     merged = compressed(model, ratio=0.3)
     torch._dynamo.reset()
-    compiled = torch.compile(merged, backend="eager", fullgraph=name == "vit")
+    compiled = torch.compile(merged, backend="eager", fullgraph=True)
     torch.testing.assert_close(answers(compiled, batch), answers(merged, batch))
     with torch._dynamo.config.patch(error_on_recompile=True):
         answers(compiled, batch)
@@ -525,23 +497,7 @@ def test_the_mlp_sees_the_tokens_that_the_rule_leaves():
     assert seen == [14, 10, 7, 5]
 
 
-def test_log_sizes_stand_beside_the_text_of_a_joint_attention():
-    size = {"sample_size": 8, "num_single_dit_layers": 1, "attention_head_dim": 8, "num_attention_heads": 4}
-    size |= {"num_mmdit_layers": 1, "caption_projection_dim": 32, "joint_attention_dim": 24, "out_channels": 4}
-    plan = Merge().plan(View(diffusers.AuraFlowTransformer2DModel(**size, pos_embed_max_size=64)))
-    assert plan.edits["joint_transformer_blocks.0.attn"]["text"] == "before"
-    assert "may hold the text" in plan.notes["refused"]["single_transformer_blocks.0.attn"]
-    assert Merge().plan(View(models.sd3()[0])).edits["transformer_blocks.0.attn"]["text"] == "after"
-    tokens = Tokens(size=torch.tensor([[1.0, 4.0]]))
-    for text, expected in (("after", [1, 4, 1, 1]), ("before", [1, 1, 1, 4])):
-        assert Sized(tokens, True, text)._log_size(2).exp().flatten().tolist() == pytest.approx(expected)
-
-
 def test_masks_it_cannot_follow_are_refused():
-    model, batch = models.MODELS["dit"]()
-    attention = compressed(model).transformer_blocks[0].attn1
-    with pytest.raises(CompressError, match="attention mask"):
-        attention(hidden_states=models.noise(2, 16, 32), attention_mask=torch.ones(2, 1, 16))
     merged = compressed(bert(), ratio=0.3)
     with pytest.raises(CompressError, match="it must be for all 12 tokens"):
         merged.encoder(models.noise(2, 12, 32), attention_mask=torch.ones(2, 12))

@@ -44,8 +44,8 @@ from compress.token_layout import (
     watch,
     width,
 )
+from compress.token_stacks import WINDOWS
 from compress.transform import Field, Plan, Transform
-from compress.transforms.tokens.merge import WINDOWS
 from compress.view import Attention, View
 
 BIASES = re.compile("bias|rel|dist|alibi")  # positions added to the scores, one for each pair of tokens

@@ -26,9 +26,8 @@ from compress.errors import CompressError
 from compress.nn.token_pool import PoolAfter
 from compress.nn.window import ImageSize
 from compress.token_layout import watch
-from compress.token_stacks import chosen, grid, hand_on_fewer, shrinkable, weighing
+from compress.token_stacks import chosen, grid, hand_on_fewer, shrinkable, stacks, weighing
 from compress.transform import Field, Plan, Transform
-from compress.transforms.tokens.merge import stacks
 from compress.view import View
 
 
