@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.nn.token_match import Matching, Rule, bystanders, match, merge, unmerge, wide
+from compress.nn.token_match import Rule, bystanders, match, unmerge
+from compress_kernels.token_merge import token_merge
+from compress_kernels.token_merge.reference import Matching, merge, wide
 
 MASKED = -1000.0  # an additive mask below this hides a key; learned position biases stay far above
 
@@ -45,8 +47,14 @@ class Tokens:
         self.begin(x)
         rows = None if self.alive is None else rule.removes_rows(self.alive.sum(1))
         fixed = bystanders(rule, tokens, self.alive, x.device)
-        matching = match(self.compared(x, rule.metric), r, fixed, self.alive, rows, self.size, rule)
-        x, self.size = merge(x, matching, self.size)
+        metric = self.compared(x, rule.metric)
+        if rule.margin is None:
+            euclidean = rule.similarity == "euclidean"
+            found = token_merge(x, metric, self.size, fixed, self.alive, rows, r, euclidean, rule.ward)
+            x, self.size, matching = found.x, found.size, Matching(found.kept, found.gone, found.slot)
+        else:
+            matching = match(metric, r, fixed, self.alive, rows, self.size, rule)
+            x, self.size = merge(x, matching, self.size)
         self.follow(matching)
         return x
 

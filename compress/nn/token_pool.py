@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.nn.token_match import Matching, merge
 from compress.nn.token_merge import MergeAfter, Tokens, on_first
 from compress.nn.window import ImageSize
+from compress_kernels.token_merge.reference import Matching, merge
 
 
 def halved(side: int, times: int) -> int:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.nn.probabilities import probabilities
-from compress.nn.token_match import MILLION, Matching, bystanders, take, wide
+from compress.nn.token_match import MILLION, bystanders
 from compress.nn.token_merge import MergeAfter, Tokens, on_first
+from compress_kernels.token_merge.reference import Matching, take, wide
 
 ROWS = 16  # queries whose attention is looked at where there is no class token
 LEAST = 1e-30  # score of a token nobody looks at, so that the rest can always be weighed

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.nn.token_match import Matching, arranged, costs, merge, take, wide
 from compress.nn.token_merge import Tokens, on_first
 from compress.nn.window import ImageSize
+from compress_kernels.token_merge.reference import Matching, arranged, costs, merge, take, wide
 
 
 @lru_cache(maxsize=32)

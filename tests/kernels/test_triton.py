@@ -101,3 +101,37 @@ def test_weight_only_linear_in_half_precision(kernel):
     out, expected = triton.linear(x, *weight), reference(x, *weight)
     assert out.dtype == torch.float16 and out.shape == expected.shape
     assert ((out - expected).norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.parametrize(("batch", "tokens", "width", "depth"), [(2, 33, 20, 20), (1, 2, 3, 5), (3, 70, 33, 64)])
+@pytest.mark.parametrize("euclidean", [False, True])
+@pytest.mark.parametrize("ward", [0.0, 0.5])
+def test_token_merge_finds_the_same_pairs(kernel, monkeypatch, batch, tokens, width, depth, euclidean, ward):
+    triton, meaning = kernel("token_merge"), importlib.import_module("compress_kernels.token_merge.reference")
+    size = torch.randint(1, 5, (batch, tokens), generator=torch.Generator().manual_seed(3)).float()
+    alive = torch.arange(tokens)[None] < torch.arange(tokens, tokens - batch, -1)[:, None]
+    x = random(batch, tokens, width, seed=1)
+    x[~alive] = torch.nan
+    fixed, r = ~alive | (torch.arange(tokens) == 0)[None], max(0, (tokens - 1) // 3)
+    rows = torch.arange(r, r - batch, -1).clamp(min=0)
+    metric = random(batch, tokens, depth, seed=2)
+    for padding in ((None, None), (alive, rows)):
+        arguments = (
+            x.nan_to_num() if padding[0] is None else x,
+            metric,
+            size * alive,
+            fixed,
+            *padding,
+            r,
+            euclidean,
+            ward,
+        )
+        expected = meaning.reference(*arguments)
+        with monkeypatch.context() as patch:
+            poisoned(patch)
+            found = triton.merge(*arguments)
+        for name in ("kept", "gone", "size"):
+            assert getattr(found, name).equal(getattr(expected, name)), name
+        assert found.slot[alive].equal(expected.slot[alive])
+        living = expected.size > 0
+        torch.testing.assert_close(found.x[living], expected.x[living], rtol=1e-5, atol=1e-5)

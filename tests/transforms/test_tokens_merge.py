@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 import models
 from compress.errors import CompressError
 from compress.merge_search import Trial, within
-from compress.nn.token_match import Rule, bystanders, match, merge, unmerge
+from compress.nn.token_match import Rule, bystanders, match, unmerge
 from compress.nn.token_merge import Tokens
 from compress.outputs import relative_error, run
 from compress.transform import Plan
 from compress.transforms.tokens.merge import Merge
 from compress.view import View
+from compress_kernels.token_merge.reference import merge
 
 shapes = {
     "batch": st.integers(1, 3),

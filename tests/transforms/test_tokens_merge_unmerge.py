@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 import models
 from compress.errors import CompressError
-from compress.nn.token_match import merge, unmerge
+from compress.nn.token_match import unmerge
 from compress.nn.token_merge import Sized, Tokens
 from compress.nn.token_windows import Near, match_near, places
 from compress.outputs import relative_error, run
 from compress.transform import Plan
 from compress.transforms.tokens.merge_unmerge import MergeUnmerge
 from compress.view import View
+from compress_kernels.token_merge.reference import merge
 
 DENOISERS = ["dit", "pixart", "sd3", "unet2d_condition"]
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 import models
 from compress.errors import CompressError
 from compress.flops import count
-from compress.nn.token_match import merge
 from compress.nn.token_merge import Tokens
 from compress.nn.token_pool import PoolAfter, cells, halved, pooling
 from compress.nn.window import ImageSize
@@ -21,6 +20,7 @@ from compress.transform import Plan
 from compress.transforms.tokens.merge import Merge
 from compress.transforms.tokens.pool import Pool
 from compress.view import View
+from compress_kernels.token_merge.reference import merge
 
 grids = {"height": st.integers(1, 7), "width": st.integers(1, 7), "first": st.integers(0, 3)}
 
