@@ -312,3 +312,14 @@ def test_page_draws_what_pruning_cost_round_by_round():
     (line,) = re.findall(r'<polyline class="line" points="([^"]+)"', text)
     heights = [float(point.split(",")[1]) for point in line.split()]
     assert len(heights) == 2 and heights[0] != heights[1]
+
+
+def test_page_draws_which_patches_were_merged():
+    sample = {"width": 2, "colours": ["ff0000", "00ff00", "0000ff", "ffffff"], "groups": {"layers.3": [0, 0, 1, 2]}}
+    step = report().steps[0] | {"use": "tokens.merge", "notes": {"pictures": [sample]}}
+    text = page(report(steps=[step]))
+    assert "tokens.merge: image 1" in text
+    assert "layers.3: 4 patches in 3 tokens" in text
+    assert text.count('fill="#808000"') == 1, "neighbours in one token are one rectangle in the mean colour"
+    assert text.count('fill="#0000ff"') == 2 and text.count('fill="#ffffff"') == 2
+    assert text.count('fill="#ff0000"') == 1

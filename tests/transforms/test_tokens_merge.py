@@ -15,6 +15,7 @@ from compress.merge_search import Trial, within
 from compress.nn.token_match import Rule, bystanders, match, unmerge
 from compress.nn.token_merge import Tokens
 from compress.outputs import relative_error, run
+from compress.token_pictures import patches
 from compress.transform import Plan
 from compress.transforms.tokens.merge import Merge
 from compress.view import View
@@ -508,3 +509,25 @@ def test_a_share_and_a_count_exclude_each_other():
     model, _ = models.MODELS["vit"]()
     with pytest.raises(CompressError, match="ratio and r are both given"):
         Merge(ratio=0.25, r=2).plan(View(model))
+
+
+def test_pictures_show_the_tokens_that_are_left():
+    model, pixels = image("vit")
+    view, method = View(model), Merge(ratio=0.25)
+    plan = method.calibrate(view, method.plan(view), [{"pixel_values": pixels}])
+    shown = plan.notes["pictures"]
+    assert len(shown) == 2 and all(one["width"] == 4 and len(one["colours"]) == 16 for one in shown)
+    method.apply(view, plan)
+    seen = {}
+    for number, layer in enumerate(model.layers[:3]):
+        layer.register_forward_hook(lambda layer, *_, n=number: seen.__setitem__(n, layer.merge.tokens.slot))
+    answers(model, {"pixel_values": pixels[:2]})
+    for at, one in enumerate(shown):
+        assert [*one["groups"]] == [f"layers.{number}" for number in range(3)]
+        for number, places in enumerate(one["groups"].values()):
+            assert places == seen[number][at, 1:].tolist()
+    grey = patches(torch.arange(64.0).view(1, 1, 8, 8), 4)
+    assert grey.shape == (1, 2, 2, 3) and grey[0, 0, 0].tolist() == [0, 0, 0] and grey[0, 1, 1].tolist() == [255] * 3
+    text, batch = models.MODELS["bert"]()
+    view = View(text)
+    assert "pictures" not in method.calibrate(view, method.plan(view), [batch]).notes
