@@ -197,20 +197,10 @@ def searched(model, share, seen, left):
     return applied(model, Merge(flops=share), seen)
 
 
-def after_exact(model, share, seen, left):
-    """Ours, on top of a last block that computes nothing but what the class token needs."""
-    from compress.transforms.heads.exact import Exact
-    from compress.transforms.tokens.merge import Merge
-
-    exact = applied(model, Exact(), seen)
-    return applied(exact, Merge(flops=share / left(exact)), seen) if left(exact) < 0.99 else None
-
-
 CONTENDERS = {
     "ToMe": constant("bipartite"),
     "PiToMe": constant("energy"),
     "EViT": evit,
     "2x2 pooling": pooled,
     "tokens.merge, searched": searched,
-    "heads.exact and tokens.merge": after_exact,
 }
