@@ -53,13 +53,10 @@ def mend(
     moments, chance = {path: Moments() for path in cores}, torch.Generator().manual_seed(0)
     for path, query, out in rows(model, cores, batches):
         core, module = cores[path], outputs[path]
-        if (
-            active[path] == core.active or width_in(module) != core.mean.numel()
-        ):  # nothing is lost; more than heads read
+        lossless, wider = active[path] == core.active, width_in(module) != core.mean.numel()
+        if lossless or wider:  # which also reads something else
             continue
-        core.active, every = active[path], core.active
-        on = core.chosen(query)[..., None]
-        core.active = every
+        on = core.chosen(query, active[path])[..., None]
         left = out * on + core.mean * (1 - on)
         held = (torch.rand(len(out), generator=chance) < 1 / HELD).to(out.device)
         moments[path].add(left.flatten(1).float(), module(out.flatten(1)).float(), held)

@@ -30,31 +30,33 @@ class HeadMixture(nn.Module):
     def forward(self, module, query_BHND, key, value, mask, scale, causal, **kwargs) -> Tensor:
         out_BHNV = self.inner(module, query_BHND, key, value, mask, scale, causal, **kwargs)
         x_BNF = query_BHND.transpose(1, 2).flatten(2)
-        gate_BHN1, on_BHN1 = (x.transpose(1, 2)[..., None] for x in (self.gates(x_BNF), self.chosen(x_BNF)))
+        gate_BHN1, on_BHN1 = (
+            x.transpose(1, 2)[..., None] for x in (self.gates(x_BNF), self.chosen(x_BNF, self.active))
+        )
         return out_BHNV * gate_BHN1 + self.mean[:, None] * (1 - on_BHN1)
 
     def gates(self, x: Tensor) -> Tensor:
         """The gate of every head, 0 for those that are off."""
-        logits, on = self.choice(x)
+        logits, on = self.choice(x, self.active)
         kinds = 2 * (x @ self.kind_weight.T).softmax(-1)
         shared = (x @ self.shared_weight.T).softmax(-1) * len(self.shared_weight) * kinds[..., :1]
         share = (self.sharpness * logits).softmax(-1) * on
         routed = share / share.sum(-1, keepdim=True) * self.active * kinds[..., 1:]
         return torch.cat([shared, routed], -1)[..., self.order.argsort()]
 
-    def chosen(self, x: Tensor) -> Tensor:
-        """1 for heads that are on, 0 for the others."""
-        _, on = self.choice(x)
+    def chosen(self, x: Tensor, active: int) -> Tensor:
+        """1 for heads that are on when so many of the routed ones are, 0 for the others."""
+        _, on = self.choice(x, active)
         shared = on.new_ones(*on.shape[:-1], len(self.shared_weight))
         return torch.cat([shared, on], -1)[..., self.order.argsort()]
 
-    def choice(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def choice(self, x: Tensor, active: int) -> tuple[Tensor, Tensor]:
         """The logits of the routed heads from the queries of all, and 1 for those of them that a token switches on."""
         logits = x @ self.routed_weight.T + self.routed_bias
-        return logits, torch.zeros_like(logits).scatter(-1, logits.topk(self.active).indices, 1)
+        return logits, torch.zeros_like(logits).scatter(-1, logits.topk(active).indices, 1)
 
     def imbalance(self, query_BHND: Tensor) -> Tensor:
         """1 where all routed heads are chosen equally often, more the more some are preferred."""
-        logits, on = self.choice(query_BHND.transpose(1, 2).flatten(2))
+        logits, on = self.choice(query_BHND.transpose(1, 2).flatten(2), self.active)
         liked, taken = logits.softmax(-1).flatten(0, -2).mean(0), on.flatten(0, -2).mean(0)
         return (liked * taken).sum() * len(liked) / self.active

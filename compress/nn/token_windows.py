@@ -23,14 +23,14 @@ from compress_kernels.token_merge.reference import Matching, arranged, costs, me
 def places(height: int, width: int, cell: int, reach: int | None) -> tuple[Tensor, Tensor]:
     """For every cell its tokens but the first (C,S), and the first tokens of the cells near it (C,K); -1 for none.
 
-    The cells near one are at most `reach` away in both directions; None: all.
+    The cells near one are at most `reach` away in both directions; None: all, and the image is one large cell.
     """
     index = torch.full((-(-height // cell) * cell, -(-width // cell) * cell), -1)
     index[:height, :width] = torch.arange(height * width).unflatten(0, (height, width))
     cells = index.unflatten(1, (-1, cell)).unflatten(0, (-1, cell)).transpose(1, 2).flatten(2)  # rows, columns, tokens
     sources, first = cells[..., 1:].flatten(0, 1), cells[..., 0]
     if reach is None:
-        return sources, first.flatten().expand(len(sources), -1)
+        return sources.reshape(1, -1), first.reshape(1, -1)
     near = F.pad(first, (reach,) * 4, value=-1).unfold(0, 2 * reach + 1, 1).unfold(1, 2 * reach + 1, 1)
     return sources, near.flatten(2).flatten(0, 1)
 

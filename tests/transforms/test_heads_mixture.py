@@ -40,7 +40,7 @@ def answer(model, batch):
 def test_gates_of_each_kind_add_up_and_so_many_heads_are_on(shared, data):
     active = data.draw(st.integers(1, HEADS - shared))
     mixture, x = core(shared, active, kind_weight=0), noise(2, 5, HEADS * DIM)
-    gates, on = mixture.gates(x), mixture.chosen(x)
+    gates, on = mixture.gates(x), mixture.chosen(x, active)
     first = mixture.order[:shared]
     assert torch.allclose(gates[..., first].sum(-1), gates.new_tensor(shared).expand(2, 5))
     assert torch.allclose(gates.sum(-1), gates.new_tensor(shared + active).expand(2, 5))
@@ -111,7 +111,7 @@ def test_routers_foretell_a_planted_energy():
     route(mixture, full.T @ full, full.T @ torch.cat([logs, logs.exp()], 1))
     assert sorted(mixture.order[:2].tolist()) == [1, 4]
     best = logs[:, mixture.order[2:]].argmax(1)
-    chosen = mixture.choice(x)[1].argmax(1)
+    chosen = mixture.choice(x, 1)[1].argmax(1)
     assert (best == chosen).double().mean() > 0.95
 
 

@@ -232,3 +232,9 @@ def test_the_plan_on_meta_gives_the_same_tree():
     merged, empty = compressed(model), compressed(empty)
     assert str(empty) == str(merged)
     assert answers(empty, {key: value.to("meta") for key, value in batch.items()}).shape == answers(merged, batch).shape
+
+
+def test_matching_with_all_cells_gathers_no_tokens_for_each():
+    """The first tokens of all cells are compared once, not copied for every cell."""
+    sources, near = places(64, 64, 2, None)
+    assert sources.shape == (1, 3 * 1024) and near.shape == (1, 1024)
