@@ -13,6 +13,8 @@ Along the sampling of a small diffusion transformer (8 x 8 tokens) a merge of a 
 16 %, by the paper's settings (random first tokens, cosine, all weigh alike) by 10.4 and 21.9 %; with `reach: 1` by 8.0
 and 18.8 %, with one matching for three blocks by 14 and 24 % (cosine).
 
+With half of 4096 tokens merged a transformer of width 512 took .56 to .60 of its time on two threads of a CPU.
+
 When it hurts: small images, where attention costs little and neighbours differ; where only the attention core is to be
 saved, tokens.downsample_kv. Log sizes go as an attention mask, which rules out flash kernels. Attentions that
 read feature maps instead of tokens, and rotary positions, are refused.
