@@ -30,14 +30,17 @@ class HeadMixture(nn.Module):
     def forward(self, module, query_BHND, key, value, mask, scale, causal, **kwargs) -> Tensor:
         out_BHNV = self.inner(module, query_BHND, key, value, mask, scale, causal, **kwargs)
         x_BNF = query_BHND.transpose(1, 2).flatten(2)
-        gate_BHN1, on_BHN1 = (
-            x.transpose(1, 2)[..., None] for x in (self.gates(x_BNF), self.chosen(x_BNF, self.active))
-        )
+        logits, on = self.choice(x_BNF, self.active)
+        both = self.weighed(x_BNF, logits, on), self.with_shared(on)
+        gate_BHN1, on_BHN1 = (x.transpose(1, 2)[..., None] for x in both)
         return out_BHNV * gate_BHN1 + self.mean[:, None] * (1 - on_BHN1)
 
     def gates(self, x: Tensor) -> Tensor:
         """The gate of every head, 0 for those that are off."""
-        logits, on = self.choice(x, self.active)
+        return self.weighed(x, *self.choice(x, self.active))
+
+    def weighed(self, x: Tensor, logits: Tensor, on: Tensor) -> Tensor:
+        """The gates for this choice among the routed heads."""
         kinds = 2 * (x @ self.kind_weight.T).softmax(-1)
         shared = (x @ self.shared_weight.T).softmax(-1) * len(self.shared_weight) * kinds[..., :1]
         share = (self.sharpness * logits).softmax(-1) * on
@@ -46,7 +49,10 @@ class HeadMixture(nn.Module):
 
     def chosen(self, x: Tensor, active: int) -> Tensor:
         """1 for heads that are on when so many of the routed ones are, 0 for the others."""
-        _, on = self.choice(x, active)
+        return self.with_shared(self.choice(x, active)[1])
+
+    def with_shared(self, on: Tensor) -> Tensor:
+        """A choice among the routed heads beside the shared ones, which are on, in the order of the heads."""
         shared = on.new_ones(*on.shape[:-1], len(self.shared_weight))
         return torch.cat([shared, on], -1)[..., self.order.argsort()]
 

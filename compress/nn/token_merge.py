@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.nn.token_match import Rule, bystanders, match, unmerge
 from compress_kernels.token_merge import token_merge
-from compress_kernels.token_merge.reference import Matching, merge, wide
+from compress_kernels.token_merge.reference import Matching, Merged, merge, wide
 
 MASKED = -1000.0  # an additive mask below this hides a key; learned position biases stay far above
 
@@ -51,11 +51,11 @@ class Tokens:
         if rule.margin is None:
             euclidean = rule.similarity == "euclidean"
             found = token_merge(x, metric, self.size, fixed, self.alive, rows, r, euclidean, rule.ward)
-            x, self.size, matching = found.x, found.size, Matching(found.kept, found.gone, found.slot)
+            x, self.size = found.x, found.size
         else:
-            matching = match(metric, r, fixed, self.alive, rows, self.size, rule)
-            x, self.size = merge(x, matching, self.size)
-        self.follow(matching)
+            found = match(metric, r, fixed, self.alive, rows, self.size, rule)
+            x, self.size = merge(x, found, self.size)
+        self.follow(found)
         return x
 
     def compared(self, x: Tensor, metric: str) -> Tensor:
@@ -75,7 +75,7 @@ class Tokens:
             ones = torch.ones(batch, tokens, device=x.device)
             self.size = ones if self.alive is None else self.alive.float()
 
-    def follow(self, matching: Matching) -> None:
+    def follow(self, matching: Matching | Merged) -> None:
         """Remember what went where."""
         self.slot = matching.slot.gather(1, self.slot)
         self.origin = self.origin.gather(1, matching.kept)

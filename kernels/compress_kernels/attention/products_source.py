@@ -3,6 +3,8 @@
 SOURCE = r"""
 #define ROWS 6 /* rows of a tile: 6 x 4 accumulators */
 
+INLINE int64_t up(int64_t value, int64_t step) { return parts(value, step) * step; }
+
 /* 32 numbers rounded to bfloat16, in their order. */
 INLINE __m512i halves(__m512 low, __m512 high) {
 #ifdef __AVX512BF16__

@@ -21,8 +21,6 @@ typedef struct {
     float scale;
 } Call;
 
-INLINE int64_t up(int64_t value, int64_t step) { return parts(value, step) * step; }
-
 /* A cell is one float or two bfloat16 that lie along the sum; every matrix and step below is counted in cells. */
 INLINE int64_t cells(const Call *call, int64_t numbers) { return call->half ? (numbers + 1) / 2 : numbers; }
 

@@ -25,8 +25,6 @@ static int cheaper(const void *one, const void *two) {
     return a->cost < b->cost ? -1 : a->cost > b->cost ? 1 : a->at - b->at;
 }
 
-INLINE int64_t up(int64_t value, int64_t step) { return parts(value, step) * step; }
-
 /* The metric of one token as floats, for cosines of length one; returns its squared length before that. */
 static float unit(const Call *call, int64_t b, int64_t token, float *to) {
     __m512 sum = _mm512_setzero_ps();
