@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from compress.parts import Part, bring_forward, channels_of, kept
 from compress.probing import Answers
 from compress.progress import say
 from compress.quick import quick_products
+from compress.relearning import relearn
 from compress.repair import repair, without
 from compress.savings import budget
 from compress.scoring import Scores, find, some
@@ -130,6 +132,7 @@ def portfolio(method: Prune, parts: list[Part]) -> tuple[str, ...]:
 @torch.no_grad()
 def cut(method: Prune, view: View, parts: list[Part], batches: list[dict]) -> tuple[dict[str, list[int]], dict]:
     """The units that stay and notes; the output projections are left repaired, with nothing read of what goes."""
+    original = deepcopy(view.model) if method.distill else view.model
     work, tried, best = Cut(method, view, parts, batches), {}, None
     for score in portfolio(method, parts):
         gone, curve = work.search(score)
@@ -144,12 +147,13 @@ def cut(method: Prune, view: View, parts: list[Part], batches: list[dict]) -> tu
     if method.repair and len(work.many) > len(work.few):
         work.remove(gone, work.many)
         tried[score][-1], targets = [work.left(gone), work.loss()], work.targets
+    learned = [relearn(view, original, batches, method.distill)] if method.distill else []
     left = kept(parts, gone)
     for part in parts:
         if isinstance(part.owner, MLP) and len(left[part.path]) < part.count:
             bring_forward(view, part.owner, part.chosen(left[part.path]))
     notes = {"curves": tried, "taken": score, "units that stay": {path: len(units) for path, units in left.items()}}
-    return left, notes | {"remarks": told(work, tried, score, targets)}
+    return left, notes | {"remarks": told(work, tried, score, targets) + learned}
 
 
 def told(work: Cut, tried: dict[str, list], taken: str, targets: dict[str, str]) -> list[str]:

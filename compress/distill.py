@@ -1,14 +1,49 @@
-"""Layer-wise distillation: a changed copy of one module learns to answer as the module itself did on real inputs."""
+"""Distillation: the loop that all of it runs in, and a changed copy of one module that learns to answer as before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from compress.errors import CompressError
 from compress.outputs import answer, inputs
+from compress.progress import track
+
+Example = TypeVar("Example")
+RATE = 0.01  # of layer-wise training, of each weight's own size
+
+
+def train(
+    weights: list[nn.Parameter], examples: Sequence[Example], loss: Callable[[Example, float], Tensor],
+    steps: int, rate: float,
+) -> None:  # fmt: skip
+    """Adam on `loss(an example, the share of the steps that are done)`; what is trained asks for gradients afterwards.
+
+    The rate is a share of each weight's own size and falls to zero, so that models of any scale move alike.
+    """
+    for weight in weights:
+        weight.requires_grad_()
+    adam = torch.optim.Adam([{"params": [weight], "lr": rate * size_of(weight)} for weight in weights])
+    fall = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
+    generator = torch.Generator().manual_seed(0)
+    for step in track(range(steps), "distillation", steps):
+        example = examples[torch.randint(len(examples), (), generator=generator).item()]
+        adam.zero_grad()
+        with torch.enable_grad():
+            found = loss(example, (step + 1) / steps)
+        if not found.isfinite():
+            raise CompressError("the distillation diverged; give fewer steps")
+        found.backward()
+        adam.step()
+        fall.step()
+
+
+def size_of(weight: Tensor) -> float:
+    """Root mean square of a weight; of one that starts at zero that of its kind, about a hundredth."""
+    return weight.detach().float().square().mean().sqrt().item() or 0.01
 
 
 class Call(NamedTuple):
@@ -65,13 +100,12 @@ def error(student: nn.Module, call: Call) -> Tensor:
 def fit(
     student: nn.Module, weights: list[nn.Parameter], calls: list[Call], prepare: Callable, steps: int
 ) -> list[float]:
-    """Train these weights of the student by Adam; the mean error before and after. What did not get better is undone.
+    """Train these weights of the student; the mean error before and after. What did not get better is undone.
 
-    `prepare(call.around)` is run before each call. The learning rate is a hundredth of each weight's own size and falls
-    to zero, so that models of any scale move alike.
+    `prepare(call.around)` is run before each call.
     """
 
-    def loss(call: Call) -> Tensor:
+    def loss(call: Call, done: float = 0.0) -> Tensor:
         prepare(call.around)
         return error(student, call)
 
@@ -80,17 +114,7 @@ def fit(
             return torch.stack([loss(call) for call in calls]).mean().item()
 
     before, start = mean_error(), [weight.detach().clone() for weight in weights]
-    adam = torch.optim.Adam(
-        [{"params": [w], "lr": 0.01 * w.detach().float().square().mean().sqrt().item()} for w in weights]
-    )
-    fall = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        adam.zero_grad()
-        with torch.enable_grad():
-            loss(calls[torch.randint(len(calls), (), generator=generator).item()]).backward()
-        adam.step()
-        fall.step()
+    train(weights, calls, loss, steps, RATE)
     after = mean_error()
     if not after < before:
         for weight, value in zip(weights, start, strict=True):

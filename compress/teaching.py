@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError
+from compress.distill import train
 from compress.outputs import answer, inputs
 from compress.view import View
 
@@ -36,28 +36,18 @@ class Lesson:
         self, weights: list[nn.Parameter], steps: int, also: Callable[[list[Tensor]], Tensor],
         anneal: Callable[[float], None] = lambda done: None, rate: float = RATE,
     ) -> None:  # fmt: skip
-        """Adam on these weights at a rate of so much of their size; `also` adds to the loss what the layers give.
+        """Train these weights; `also` adds to the loss what the layers give.
 
         `anneal(twice the share of the steps that are done, at most 1)` comes before each step.
         """
+
+        def loss(batch: dict, done: float) -> Tensor:
+            anneal(min(2 * done, 1))
+            got, layers = seen(self.student, batch)
+            return distance(got, self.targets[id(batch)]) + also(layers)
+
         self.student.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_()
-        adam = torch.optim.Adam([{"params": [w], "lr": rate * size_of(w)} for w in weights])
-        fall = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
-        generator = torch.Generator().manual_seed(0)
-        for step in range(steps):
-            anneal(min(2 * (step + 1) / steps, 1))
-            batch = self.lessons[torch.randint(len(self.lessons), (), generator=generator).item()]
-            adam.zero_grad()
-            with torch.enable_grad():
-                got, layers = seen(self.student, batch)
-                loss = distance(got, self.targets[id(batch)]) + also(layers)
-            if not loss.isfinite():
-                raise CompressError("the distillation diverged; give fewer steps")
-            loss.backward()
-            adam.step()
-            fall.step()
+        train(weights, self.lessons, loss, steps, rate)
         self.student.requires_grad_(False)
 
     @torch.no_grad()
@@ -100,14 +90,9 @@ def seen(model: nn.Module, batch: dict) -> tuple[Tensor, list[Tensor]]:
 
 
 def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x[mask.bool()] if mask is not None and mask.shape == x.shape[: mask.dim()] else x
+    return x[mask.bool()] if mask is not None and mask.shape == x.shape[:-1] else x
 
 
 def distance(got: Tensor, target: Tensor) -> Tensor:
     """Squared error relative to the size of the target."""
     return (got - target).float().square().mean() / target.float().square().mean().clamp_min(1e-12)
-
-
-def size_of(weight: Tensor) -> float:
-    """Root mean square of a weight; of one that starts at zero that of its kind, about a hundredth."""
-    return weight.detach().float().square().mean().sqrt().item() or 0.01

@@ -1,15 +1,16 @@
-"""What fewer heads cost in answers: plain cuts, FLAP, Michel's scores and K-FAC with repair against heads.prune."""
+"""What fewer heads cost in answers: plain cuts, Torch-Pruning, FLAP, Michel and K-FAC's scores against heads.prune."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from benches.paired import Missing
+from benches.piqa import piqa
 from benches.tables import ROOT, fill
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ class Subject:
     measures: tuple[str, ...]
     removed: tuple[int, ...]
     length: int = 512
+    goals: int = 0  # of PIQA
 
 
 SUBJECTS = {
@@ -37,17 +39,22 @@ SUBJECTS = {
     ),
     "smollm2": Subject(
         "smollm2-135m-instruct", "wikitext-2/validation.parquet", "wikitext-2/test.parquet", (32, 8), 4,
-        ("kl", "perplexity"), (11, 22),
+        ("kl", "perplexity"), (11, 22), goals=1000,
     ),
     "dinov2": Subject(
-        "dinov2-vits14-grocery", "grocery/train", "grocery/test", (64, 140), 16, ("kl", "accuracy"), (9, 18)
+        "dinov2-vits14-grocery", "grocery/train", "grocery/test", (64, 560), 16, ("kl", "accuracy"), (9, 18)
     ),
 }  # fmt: skip
 
 
 def main(names: list[str]) -> int:
-    """Measure these models, or all."""
-    return fill(TABLE, HEAD, {name: partial(measured, SUBJECTS[name]) for name in names or SUBJECTS})
+    """Measure these models, or all; `model:removed` measures one count of heads."""
+    jobs = {}
+    for name in names or SUBJECTS:
+        model, _, removed = name.partition(":")
+        subject = SUBJECTS[model]
+        jobs[name] = partial(measured, replace(subject, removed=(int(removed),)) if removed else subject)
+    return fill(TABLE, HEAD, jobs)
 
 
 def measured(subject: Subject) -> Iterator[list[list[str]]]:
@@ -66,16 +73,21 @@ def measured(subject: Subject) -> Iterator[list[list[str]]]:
         batches(str(ROOT / "models" / data), source, samples=samples, seed=seed, **options)
         for data, samples, seed in zip((subject.calibrate, subject.validate), subject.samples, (0, None))
     )
-    names = list(subject.measures)
+
+    def results(model: nn.Module) -> dict[str, float]:
+        tasks = {"piqa": piqa(model, source.processor, subject.goals)} if subject.goals else {}
+        return measure(list(subject.measures), model, source.model, held) | tasks
+
     with quick_products():  # for all alike: what rounds products costs less than a ten thousandth of a nat
-        before = measure(names, source.model, source.model, held)
+        before = results(source.model)
         for removed in subject.removed:
             for label, prune in CONTENDERS.items():
                 model, started = deepcopy(source.model), time.process_time()
-                total = prune(model, removed, seen)
+                if (total := prune(model, removed, seen)) is None:
+                    continue
                 cost = f"{time.process_time() - started:.0f}"
-                after = measure(names, model, source.model, held)
-                told = [[kind, f"{before[kind]:.4f}", f"{after[kind]:.4f}"] for kind in names]
+                after = results(model)
+                told = [[kind, f"{before[kind]:.4f}", f"{after[kind]:.4f}"] for kind in after]
                 yield [[subject.model, f"{removed} of {total}", label, *cells, cost] for cells in told]
 
 
@@ -156,10 +168,54 @@ def flap(model: nn.Module, removed: int, seen: list[dict]) -> int:
     return sum(part.count for part in parts)
 
 
+@torch.enable_grad()
+def torch_pruning(model: nn.Module, removed: int, seen: list[dict]) -> int | None:
+    """Torch-Pruning by its Taylor importance, all heads in one ranking; of grouped queries it takes query heads."""
+    try:
+        import torch_pruning as tp
+    except ImportError:
+        print("Torch-Pruning is left out: pip install --no-deps torch-pruning")
+        return None
+    from compress.outputs import answer, inputs
+    from compress.view import View
+
+    view, total = View(model), sum(part.count for part in parts_of(model))
+    attentions, heads = view.attentions(), {}
+    for at in attentions:
+        heads |= {view.module(at.q): at.heads, view.module(at.k): at.kv_heads, view.module(at.v): at.kv_heads}
+    between = {view.module(path) for at in attentions for path in (at.q, at.k, at.v, at.o)}
+    others = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in between]
+    example = {key: value[:1] for key, value in inputs(seen[0]).items()}
+    model.requires_grad_(True)
+    pruner = tp.pruner.BasePruner(
+        model, example, tp.importance.GroupTaylorImportance(), global_pruning=True, pruning_ratio=removed / total,
+        head_pruning_ratio=removed / total, num_heads=heads, prune_num_heads=True, prune_head_dims=False,
+        ignored_layers=others, output_transform=lambda output: answer(output).sum(),
+    )  # fmt: skip
+    for batch in seen[:4]:
+        logits = answer(model(**inputs(batch)))
+        if logits.dim() == 3:
+            nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten()).backward()
+        else:
+            nn.functional.cross_entropy(logits, logits.argmax(-1)).backward()
+    for group in pruner.step(interactive=True):
+        group.prune()
+    model.requires_grad_(False)
+    for at in attentions:  # what the library leaves to its user
+        module, left = view.module(at.path), view.module(at.q).out_features // at.head_dim
+        for name in {"num_heads", "num_attention_heads"} & set(vars(module)):
+            setattr(module, name, left)
+        if at.heads != at.kv_heads:
+            module.num_key_value_groups = left // (view.module(at.k).out_features // at.head_dim)
+    return total
+
+
 CONTENDERS = {
     "magnitude, nothing repaired": product(score="magnitude", repair=False),
+    "Torch-Pruning (Taylor)": torch_pruning,
     "FLAP": flap,
     "Michel": michel,
     "K-FAC energy once, repaired": product(score="energy", rounds=1),
     "heads.prune": product(),
+    "heads.prune, distill 60": product(score="energy", distill=60),
 }

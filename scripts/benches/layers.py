@@ -21,7 +21,11 @@ DROPPING = {
     "NBL's map, chosen by cosine": {"by": "cosine", "context": False, "refit": False},
     "heads.drop_attention": {"probe": 1},
 }
-FACTORING = {"plain SVD (COMCAT, not trained)": {"by": "weights"}, "heads.factorize": {}}
+FACTORING = {
+    "plain SVD (COMCAT, not trained)": {"by": "weights"},
+    "heads.factorize": {},
+    "heads.factorize, distill 60": {"distill": 60},
+}
 
 
 @dataclass(frozen=True)

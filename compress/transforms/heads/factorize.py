@@ -22,6 +22,7 @@ Vision Models", ICML 2023.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import ClassVar, Literal
 
 import torch
@@ -46,12 +47,15 @@ class Factorize(Transform):
     step: int = Field(8, ge=1, description="ranks are multiples of this")
     by: Literal["data", "weights"] = Field("data", description="where directions and ranks come from")
     parts: Literal["all", "values"] = Field("all", description="narrow values only, or queries and keys where possible")
+    distill: int = Field(0, ge=0, description="training steps after it, to answer as before; of decoders on text too")
 
     @property
     def needs_data(self) -> bool:
         return self.by == "data"
 
     def plan(self, view: View) -> Plan:
+        if self.by == "weights" and self.distill:
+            raise CompressError("heads.factorize: distill learns from data, by is weights; leave one out")
         if self.keep == 1:
             return Plan({})
         taken, refused = self.candidates(view)
@@ -93,6 +97,7 @@ class Factorize(Transform):
 
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
         from compress.factoring import bases, factor, share, slopes, whole
+        from compress.relearning import relearn
 
         if not plan.edits or self.by == "weights":
             return plan
@@ -105,9 +110,12 @@ class Factorize(Transform):
             parts = [("values", found.values, values), ("keys", found.scores, keys)]
             energies[at.path] = [part for part in parts if part[0] in edit]
         ranks = share(energies, self.keep, self.step)
+        original = deepcopy(view.model) if self.distill else view.model
         errors = factor(view, attentions, ranks, out, batches)
         edits = {path: ranks[path] | {"scaled": plan.edits[path]["scaled"]} for path in ranks if ranks[path]}
         notes = {"ranks": ranks, "error of the output": errors}
+        if self.distill:
+            notes["remarks"] = [relearn(view, original, batches, self.distill)]
         return Plan(edits, notes=plan.notes | notes)
 
     def mask(self, view: View, plan: Plan) -> bool:

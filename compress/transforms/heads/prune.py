@@ -64,11 +64,12 @@ class Prune(Transform):
     unit: Literal["group", "query"] = Field("group", description="remove key-value groups, or queries of every group")
     rounds: int = Field(2, ge=1, description="times that scores are asked, each on the model pruned so far")
     repair: bool = Field(True, description="refit output projections, where there is calibration data")
+    distill: int = Field(0, ge=0, description="training steps after it, to answer as before; of decoders on text too")
 
     @property
     def needs_data(self) -> bool:
         """Do scores look at data? What retrieves is asked with them."""
-        return self.score != "magnitude" or self.protect is not None or "mlp" in self.include
+        return self.score != "magnitude" or self.protect is not None or "mlp" in self.include or self.distill > 0
 
     @property
     def uses_data(self) -> bool:
