@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from compress.attend import attend_through
+from compress.attend import attend_through, attend_within
 from compress.attend import refusal as attend_refusal
 from compress.errors import CompressError
+from compress.nn.class_token import ClassToken
 from compress.nn.token_merge import MergeAfter, Sized, Tokens
 from compress.roles import join, parent_of
 from compress.token_layout import above, merge_point, patch_size, positions, special_tokens
@@ -57,7 +58,11 @@ def hand_on_fewer(
         for block in blocks:
             module, edit = view.module(block.path), edits.get(block.path)
             for core in cores(tokens, edit):
-                attend_through(view, attentions[block.attentions[0]], core)
+                attention = attentions[block.attentions[0]]
+                if reads_class_token(view, attention):
+                    attend_within(view.module(attention.path), core)
+                else:
+                    attend_through(view, attention, core)
             module.merge = part = MergeAfter(tokens, None) if edit is None else hooks(tokens, edit)
             if block is blocks[0]:
                 module.register_forward_pre_hook(part.start)
@@ -91,11 +96,19 @@ def after(view: View) -> dict[str, dict | str]:
         why = next(filter(None, whys), "") or stack_refusal(view, stack, blocks)
         special = "" if why else special_tokens(view.model, stack)
         why = why or (special if isinstance(special, str) else "")
+        alone = not why and reads_class_token(view, attentions[blocks[-1].attentions[0]])
+        if alone and not special["first"]:
+            why = "the place of its class token, which is all that its last block computes, is not known"
         point = "" if why else merge_point(view, blocks[0].path, attentions[blocks[0].attentions[0]])
         found |= {block.path: why or {"after": point, "rule": special} for block in blocks}
-        if not point:
+        if not point or alone:
             found[blocks[-1].path] = why or "it is the last of its stack, where a merge would save nothing"
     return found
+
+
+def reads_class_token(view: View, attention: Attention) -> bool:
+    """Does this attention answer for the class token only (heads.exact), with the keys of all tokens that come?"""
+    return isinstance(getattr(view.module(attention.path), "attend", None), ClassToken)
 
 
 def refusal(view: View, block: Block, attentions: list[Attention]) -> str:
@@ -113,7 +126,8 @@ def refusal(view: View, block: Block, attentions: list[Attention]) -> str:
     modules = view.module(block.path), view.module(attentions[0].path)
     if any(hasattr(module, name) for module in modules for name in WINDOWS):
         return "it attends within windows of the full grid"
-    return next(filter(None, map(positions, modules)), "") or attend_refusal(view, attentions[0])
+    why = next(filter(None, map(positions, modules)), "")
+    return why or ("" if reads_class_token(view, attentions[0]) else attend_refusal(view, attentions[0]))
 
 
 def stack_refusal(view: View, stack: str, blocks: list[Block]) -> str:

@@ -82,8 +82,8 @@ class Tokens:
         self.alive = None if self.alive is None else self.alive.gather(1, matching.kept)
 
     def unmerge(self, x: Tensor) -> Tensor:
-        """Bring x back to the places of the input and forget."""
-        out = x if self.slot is None else unmerge(x, self.slot)
+        """Bring x back to the places of the input and forget; a class token alone is in its place."""
+        out = x if self.slot is None or x.shape[1] < self.size.shape[1] else unmerge(x, self.slot)
         self.reset()
         return out
 
