@@ -12,7 +12,7 @@ from torch import nn
 
 from compress.attend import attend_through
 from compress.errors import CompressError
-from compress.nn.token_merge import on_first
+from compress.nn.token_merge import on_first, turned
 from compress.nn.window import ImageSize
 from compress.roles import parent_of, width_in
 from compress.structure import Attention
@@ -25,14 +25,37 @@ POSITIONS = re.compile("rotary|rope|freqs|position_embeddings|position_bias|rela
 WRONG = (AttributeError, CompressError, IndexError, RuntimeError, TypeError, ValueError)  # raised by a part tried alone
 
 
-def positions(module: nn.Module) -> str:
-    """Why a module needs the full grid: it gets or makes positions that would have to follow the merged tokens."""
+def positions(module: nn.Module, known: str = "") -> str:
+    """Why a module needs the full grid: it gets or makes positions, beside those `known`, that merged tokens lose."""
     forwards = [type(module).forward] + ([type(module.processor).__call__] if hasattr(module, "processor") else [])
     names = [name for name, _ in module.named_children()]
     for forward in map(inspect.unwrap, forwards):
         names += [*inspect.signature(forward).parameters, *forward.__code__.co_names]
-    hit = next(filter(POSITIONS.search, names), None)
+    hit = next((name for name in names if name != known and POSITIONS.search(name)), None)
     return f"its positions are those of the full input ({hit})" if hit else ""
+
+
+@torch.no_grad()
+def follows_rows(view: View, attention: Attention) -> bool:
+    """Are an attention's only positions the rotary rows that it is given, one for each patch? Found by trying: where
+    patches change places together with their rows, the answers must change places with them."""
+    module = view.module(attention.path)
+    if "position_embeddings" not in inspect.signature(type(module).forward).parameters:
+        return False
+    module, generator = guinea_pig(module), torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, width(view, attention), generator=generator).expand(2, -1, -1)
+    rows = torch.randn(2, 4, attention.head_dim, generator=generator)
+    order = torch.tensor([[2, 0, 3, 1], [1, 3, 2, 0]])
+    moved = torch.cat([x[:, :1], x[0, 1:][order]], 1)
+    try:
+        plain, found = (
+            module(x, position_embeddings=tuple(rows)),
+            module(moved, position_embeddings=turned(rows, order)),
+        )
+    except WRONG:
+        return False
+    plain, found = plain[0], found[0]
+    return torch.allclose(found[:, 1:], plain[0, 1:][order], atol=1e-5) and torch.allclose(found[:, 0], plain[:, 0])
 
 
 def special_tokens(model: nn.Module, stack: str) -> dict | str:

@@ -10,7 +10,7 @@ from compress.errors import CompressError
 from compress.nn.class_token import ClassToken
 from compress.nn.token_merge import MergeAfter, Sized, Tokens
 from compress.roles import join, parent_of
-from compress.token_layout import above, merge_point, patch_size, positions, special_tokens
+from compress.token_layout import above, follows_rows, merge_point, patch_size, positions, special_tokens
 from compress.view import Attention, Block, View
 
 WINDOWS = ("window_size", "shift_size")
@@ -57,13 +57,15 @@ def hand_on_fewer(
         tokens = state()
         for block in blocks:
             module, edit = view.module(block.path), edits.get(block.path)
+            attention = attentions[block.attentions[0]]
             for core in cores(tokens, edit):
-                attention = attentions[block.attentions[0]]
                 if reads_class_token(view, attention):
                     attend_within(view.module(attention.path), core)
                 else:
                     attend_through(view, attention, core)
             module.merge = part = MergeAfter(tokens, None) if edit is None else hooks(tokens, edit)
+            if any(one.get("rotary") for one in edits.values()):
+                view.module(attention.path).register_forward_pre_hook(part.turn, with_kwargs=True)
             if block is blocks[0]:
                 module.register_forward_pre_hook(part.start)
             if edit is not None:
@@ -92,7 +94,9 @@ def after(view: View) -> dict[str, dict | str]:
     attentions = {attention.path: attention for attention in view.attentions()}
     found = {}
     for stack, blocks in stacks(view).items():
-        whys = [refusal(view, block, [attentions[path] for path in block.attentions]) for block in blocks]
+        own = [[attentions[path] for path in block.attentions] for block in blocks]
+        rotary = rotates(view, blocks, sum(own, []))
+        whys = [refusal(view, *both, rotary) for both in zip(blocks, own, strict=True)]
         why = next(filter(None, whys), "") or stack_refusal(view, stack, blocks)
         special = "" if why else special_tokens(view.model, stack)
         why = why or (special if isinstance(special, str) else "")
@@ -100,7 +104,8 @@ def after(view: View) -> dict[str, dict | str]:
         if alone and not special["first"]:
             why = "the place of its class token, which is all that its last block computes, is not known"
         point = "" if why else merge_point(view, blocks[0].path, attentions[blocks[0].attentions[0]])
-        found |= {block.path: why or {"after": point, "rule": special} for block in blocks}
+        settings = {"after": point, "rule": special} | ({"rotary": True} if rotary else {})
+        found |= {block.path: why or settings for block in blocks}
         if not point or alone:
             found[blocks[-1].path] = why or "it is the last of its stack, where a merge would save nothing"
     return found
@@ -111,7 +116,15 @@ def reads_class_token(view: View, attention: Attention) -> bool:
     return isinstance(getattr(view.module(attention.path), "attend", None), ClassToken)
 
 
-def refusal(view: View, block: Block, attentions: list[Attention]) -> str:
+def rotates(view: View, blocks: list[Block], attentions: list[Attention]) -> bool:
+    """Are rotary rows, which can go with the tokens, all the positions that the blocks of this stack know?"""
+    if len({type(view.module(attention.path)) for attention in attentions}) != 1:
+        return False
+    others = [positions(view.module(block.path), "position_embeddings") for block in blocks]
+    return not any(others) and follows_rows(view, attentions[0])
+
+
+def refusal(view: View, block: Block, attentions: list[Attention], rotary: bool) -> str:
     """Why this block cannot work on merged tokens, or nothing."""
     if view.library == "diffusers":
         return "a diffusion model's blocks hand on the full image; tokens.merge_unmerge merges around their attentions"
@@ -126,7 +139,7 @@ def refusal(view: View, block: Block, attentions: list[Attention]) -> str:
     modules = view.module(block.path), view.module(attentions[0].path)
     if any(hasattr(module, name) for module in modules for name in WINDOWS):
         return "it attends within windows of the full grid"
-    why = next(filter(None, map(positions, modules)), "")
+    why = "" if rotary else next(filter(None, map(positions, modules)), "")
     return why or ("" if reads_class_token(view, attentions[0]) else attend_refusal(view, attentions[0]))
 
 

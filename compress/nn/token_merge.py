@@ -81,6 +81,11 @@ class Tokens:
         self.origin = self.origin.gather(1, matching.kept)
         self.alive = None if self.alive is None else self.alive.gather(1, matching.kept)
 
+    def places(self, patches: int) -> Tensor:
+        """Which of so many patches, behind the leading tokens, each token that is left is or goes on as."""
+        first = self.slot.shape[1] - patches
+        return self.origin[:, first:] - first
+
     def unmerge(self, x: Tensor) -> Tensor:
         """Bring x back to the places of the input and forget; a class token alone is in its place."""
         out = x if self.slot is None or x.shape[1] < self.size.shape[1] else unmerge(x, self.slot)
@@ -159,8 +164,20 @@ class MergeAfter(nn.Module):
     def shrink(self, block, args, output):
         return on_first(output, lambda x: self.tokens.merge(x, self.rule))
 
+    def turn(self, attention, args, kwargs):
+        """Hook in front of an attention with rotary positions: every token has the row of the place it stayed at."""
+        if self.tokens.slot is None:
+            return None
+        rows = kwargs["position_embeddings"]
+        return args, kwargs | {"position_embeddings": turned(rows, self.tokens.places(rows[0].shape[-2]))}
+
     def restore(self, block, args, output):
         return on_first(output, self.tokens.unmerge)
+
+
+def turned(rows: tuple[Tensor, ...], places: Tensor) -> tuple[Tensor, ...]:
+    """The rotary rows (P,d each) of the patches at these places (B,n), for all heads."""
+    return tuple(row[places][:, None] for row in rows)
 
 
 def on_first(output, change):

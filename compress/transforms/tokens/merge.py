@@ -17,7 +17,7 @@ keys' likeness, as the paper has it, .036 by the features' and .034 with the sch
 When it hurts: short inputs and batch size 1, where matching costs more than the tokens it saves; dense prediction,
 which loses detail; small models. A count takes most of a short text: give a ratio where lengths differ. Log sizes go
 as an attention mask, which rules out flash kernels. Hidden states asked for from between the blocks have fewer tokens
-than the input. Not for causal decoders, windows and rotary positions.
+than the input. Rotary positions go with the tokens (DINOv3); not for causal decoders, windows and relative positions.
 
 Papers: "Token Merging: Your ViT But Faster", Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman, 2023; energy "Accelerating
 Transformers with Spectrum-Preserving Token Merging", Tran et al., 2024; schedules of unequal shares "DiffRate:
@@ -85,8 +85,13 @@ class Merge(Transform):
         taken = {path: settings for path, settings in found.items() if path not in refused}
         depths = zip(taken.items(), self._amounts(len(taken)), count(), strict=False)
         edits = {path: self._settings(settings, amount, at / len(taken)) for (path, settings), amount, at in depths}
-        if self.protect == 0 and edits and any(reads_class_token(view, one) for one in view.attentions()):
-            raise CompressError("tokens.merge: protect is 0, it must be at least 1: only the class token is read")
+        alone = any(reads_class_token(view, one) for one in view.attentions())
+        least = max(
+            [found["rule"]["first"] if "rotary" in found else int(alone) for found in taken.values()], default=0
+        )
+        if self.protect is not None and self.protect < least:
+            why = "only the class token is read" if alone else "leading tokens have no rotary position"
+            raise CompressError(f"tokens.merge: protect is {self.protect}, it must be at least {least}: {why}")
         if self.only and refused and not edits:
             path, why = next(iter(refused.items()))
             raise CompressError(f"tokens.merge cannot change {path}: {why}")
