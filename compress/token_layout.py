@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from copy import deepcopy
+from math import isqrt
 from types import SimpleNamespace
 
 import torch
@@ -102,11 +103,11 @@ def above(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 class Record(nn.Module):
-    """A core that remembers the keys it is given."""
+    """A core that remembers the keys and the mask it is given, and answers with the values."""
 
     def forward(self, module, query, key, value, mask, scale, causal, **kwargs):
-        self.key = key
-        return self.inner(module, query, key, value, mask, scale, causal, **kwargs)
+        self.key, self.mask = key, mask
+        return value
 
 
 @torch.no_grad()
@@ -128,10 +129,12 @@ def merge_point(view: View, block: str, attention: Attention) -> str:
 
 
 def guinea_pig(module: nn.Module) -> nn.Module:
-    """A copy of a module, possibly on meta, with random weights."""
+    """A copy of a module, possibly on meta, with random weights and buffers of zeros."""
     module = deepcopy(module).to_empty(device="cpu").float().eval()
     for index, parameter in enumerate(module.parameters()):
         parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    for buffer in module.buffers():
+        buffer.zero_()
     return module
 
 
@@ -160,3 +163,24 @@ def text_side(view: View, attention: Attention) -> tuple[str, str]:
     sides = {(1, 1): "", (1, 1, 0, 0, 0): "after", (1, 1, 1, 0, 0): "before"}
     side = sides.get(tuple(map(int, same)))
     return ("", "its keys are not one for each token") if side is None else (side, "")
+
+
+@torch.no_grad()
+def window_side(view: View, attention: Attention) -> int | str:
+    """The side of the square windows that an attention reads one by one with positions of its own, found by trying:
+    the same ones come as a mask of a whole window however many tokens there are; or why there is none."""
+    module, record = guinea_pig(view.module(attention.path)), Record()
+    attend_through(SimpleNamespace(library=view.library, module=lambda path: module), attention, record)
+    masks, x = [], torch.ones(4, 2, width(view, attention))
+    try:
+        for tokens in (x[:, :1], x):
+            module(tokens)
+            masks.append(record.mask)
+        whole = masks[0].shape[-1]
+        beside = torch.full((2, whole, whole), -1.0)
+        module(torch.ones(4, whole, x.shape[2]), beside)
+    except WRONG as error:
+        return f"its attention does not work on the tokens of a window ({error})"
+    side = isqrt(whole)
+    same = torch.equal(*masks) and torch.equal(record.mask, (masks[0] - 1).expand_as(record.mask))
+    return side if same and side**2 == whole > 1 else "its windows are not square, or their positions not known"

@@ -138,7 +138,7 @@ def refusal(view: View, block: Block, attentions: list[Attention], rotary: bool)
         return "it is causal: merged tokens would mix positions and let early ones see late ones"
     modules = view.module(block.path), view.module(attentions[0].path)
     if any(hasattr(module, name) for module in modules for name in WINDOWS):
-        return "it attends within windows of the full grid"
+        return "it attends within windows of the full grid; tokens.merge_unmerge merges inside them"
     why = "" if rotary else next(filter(None, map(positions, modules)), "")
     return why or ("" if reads_class_token(view, attentions[0]) else attend_refusal(view, attentions[0]))
 
