@@ -9,6 +9,7 @@ from compress.attend import refusal as attend_refusal
 from compress.errors import CompressError
 from compress.nn.class_token import ClassToken
 from compress.nn.token_merge import MergeAfter, Sized, Tokens
+from compress.nn.token_prune import Score
 from compress.roles import join, parent_of
 from compress.token_layout import above, follows_rows, merge_point, patch_size, positions, special_tokens
 from compress.view import Attention, Block, View
@@ -42,9 +43,7 @@ def grid(view: View, block: Block) -> int | str:
     return patch_size(config)
 
 
-def hand_on_fewer(
-    view: View, edits: dict[str, dict], cores: Callable, hooks: Callable, state: type[Tokens] = Tokens
-) -> None:
+def hand_on_fewer(view: View, edits: dict[str, dict], cores: Callable, hooks: Callable) -> None:
     """Let these blocks hand on fewer tokens, and the last of their stack all of them again.
 
     `cores(tokens, edit)` makes the attention cores of a block, the innermost first, and `hooks(tokens, edit)` what
@@ -54,7 +53,7 @@ def hand_on_fewer(
     for blocks in stacks(view).values():
         if not any(block.path in edits for block in blocks):
             continue
-        tokens = state()
+        tokens = Tokens()
         for block in blocks:
             module, edit = view.module(block.path), edits.get(block.path)
             attention = attentions[block.attentions[0]]
@@ -79,6 +78,17 @@ def hand_on_fewer(
 def weighing(edits: dict[str, dict]) -> Callable:
     """Makes the core that lets every token weigh as many as it stands for, where the edits ask for it."""
     return lambda tokens, edit: (Sized(tokens, next(iter(edits.values()))["proportional"]),)
+
+
+def scoring(edits: dict[str, dict]) -> Callable:
+    """Makes that core, and before it one that scores the tokens where an edit names a `score`."""
+    sized = weighing(edits)
+
+    def cores(tokens, edit):
+        scored = () if edit is None or "score" not in edit else (Score(tokens, edit["score"]),)
+        return (*scored, *sized(tokens, edit))
+
+    return cores
 
 
 def stacks(view: View) -> dict[str, list[Block]]:

@@ -2,27 +2,31 @@
 
 In every block, every second token proposes the most similar of the others; the strongest proposals are merged into
 their size-weighted mean (bipartite soft matching); `match: energy` lets only those merge that have many others near
-them. What is compared, the features, the keys or both, is a choice that data decides where the recipe has some, and
-large tokens pay more for a merge (`ward`). With `flops`, the share that each block merges is searched for: among
-schedules that leave this part of the operations, that which changes the answers to unlabelled data least. From then on
-a token that stands for s others counts s times as a key: log s is added to its attention logits (proportional
-attention). The last block's output is copied back to all places, so that pooling, dense heads and patch features find
-every token where it was; one that computes its class token only (heads.exact) goes on doing so. Class, distillation and
-register tokens, a text's first and last token and padding are never merged. Needs no data and changes no weights.
+them, `criteria` sends half of them from either side, by likeness, importance and size at once (MCTF), `sizes` merges
+the small into the large in the later half of the blocks (ATM). With `importance` a token costs more to merge the more
+attention looks at it. What is compared, the features, the keys or both, is a choice that data decides where the recipe
+has some, and large tokens pay more for a merge (`ward`). With `flops`, the share that each block merges is searched
+for: among schedules that leave this part of the operations, that which changes the answers to unlabelled data least.
+From then on a token that stands for s others counts s times as a key: log s is added to its attention logits
+(proportional attention). The last block's output is copied back to all places, so that pooling, dense heads and patch
+features find every token where it was; one that computes its class token only (heads.exact) goes on doing so. Class,
+distillation and register tokens, a text's first and last token and padding are never merged. Needs no data and changes
+no weights.
 
 Tokens are merged after the attention where a block shows them there (BERT), else at its end. On a sentence encoder of 6
 blocks (MiniLM, 96 passages of 64 tokens) the mean cosine distance of the embeddings at 65 % of the FLOPs is .120 by the
 keys' likeness, as the paper has it, .036 by the features' and .034 with the schedule searched for.
 
 When it hurts: short inputs and batch size 1, where matching costs more than the tokens it saves; dense prediction,
-which loses detail; small models. A count takes most of a short text: give a ratio where lengths differ. Log sizes go
-as an attention mask, which rules out flash kernels. Hidden states asked for from between the blocks have fewer tokens
-than the input. Rotary positions go with the tokens (DINOv3); not for causal decoders, windows and relative positions.
+which loses detail; small models. A count takes most of a short text: give a ratio where lengths differ. Log sizes go as
+an attention mask, which rules out flash kernels. Hidden states asked for from between the blocks have fewer tokens than
+the input. Rotary positions go with the tokens (DINOv3); not for causal decoders, windows and relative positions.
 
 Papers: "Token Merging: Your ViT But Faster", Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman, 2023; energy "Accelerating
 Transformers with Spectrum-Preserving Token Merging", Tran et al., 2024; schedules of unequal shares "DiffRate:
-Differentiable Compression Rate for Efficient Vision Transformers", Chen et al., 2023; sizes in the cost arXiv
-2505.15160, 2025.
+Differentiable Compression Rate for Efficient Vision Transformers", Chen et al., 2023; criteria "Multi-criteria Token
+Fusion with One-step-ahead Attention for Efficient Vision Transformers", Lee, Choi, Kim, 2024; sizes arXiv 2505.15160,
+2025.
 """
 
 from __future__ import annotations
@@ -32,12 +36,13 @@ from typing import Annotated, ClassVar, Literal
 
 from compress.errors import CompressError
 from compress.nn.token_merge import MergeAfter, Rule
-from compress.token_stacks import after, grid, hand_on_fewer, reads_class_token, weighing
+from compress.token_stacks import after, grid, hand_on_fewer, reads_class_token, scoring
 from compress.transform import Field, Plan, Transform
 from compress.view import View
 
 Share = Annotated[float, Field(ge=0, le=0.5)]
 Count = Annotated[int, Field(ge=0)]
+SCORES = {"class": "class_attention", "received": "received", "values": "value_aware"}
 
 
 class Merge(Transform):
@@ -62,8 +67,15 @@ class Merge(Transform):
     ward: float = Field(
         0.5, ge=0, le=1, description="power of the pair's harmonic size in the cost of a merge: large tokens stay apart"
     )
-    match: Literal["bipartite", "energy"] = Field(
-        "bipartite", description="who may merge: every second token, or those with the most others near them"
+    match: Literal["bipartite", "energy", "criteria", "sizes"] = Field(
+        "bipartite",
+        description="who merges: every second token, those with the most others near them, half from either side by "
+        "likeness, importance and size, or in the later half of the blocks the small ones into the large",
+    )
+    importance: Literal["none", "class", "received", "values"] = Field(
+        "none",
+        description="tokens cost more to merge by the class token's attention, by what 16 queries give them, or by the "
+        "class token's attention times the length of their values",
     )
 
     @property
@@ -80,15 +92,17 @@ class Merge(Transform):
             raise CompressError(f"tokens.merge: {' and '.join(given)} are both given, it must be one of them")
         if self.r == 0:
             return Plan({})
-        found = {path: settings for path, settings in after(view).items() if self.takes(path)}
+        if self.match == "criteria" and (self.similarity != "cosine" or "ward" in self.model_fields_set):
+            name = "ward" if self.similarity == "cosine" else "similarity"
+            raise CompressError(f"tokens.merge: {name} is given, it has no place in match: criteria")
+        found = {path: self._importance(settings) for path, settings in after(view).items() if self.takes(path)}
         refused = {path: why for path, why in found.items() if isinstance(why, str)}
         taken = {path: settings for path, settings in found.items() if path not in refused}
         depths = zip(taken.items(), self._amounts(len(taken)), count(), strict=False)
         edits = {path: self._settings(settings, amount, at / len(taken)) for (path, settings), amount, at in depths}
         alone = any(reads_class_token(view, one) for one in view.attentions())
-        least = max(
-            [found["rule"]["first"] if "rotary" in found else int(alone) for found in taken.values()], default=0
-        )
+        bound = [one["rule"]["first"] if "rotary" in one else int(alone) for one in taken.values()]
+        least = max(bound, default=0)
         if self.protect is not None and self.protect < least:
             why = "only the class token is read" if alone else "leading tokens have no rotary position"
             raise CompressError(f"tokens.merge: protect is {self.protect}, it must be at least {least}: {why}")
@@ -124,11 +138,23 @@ class Merge(Transform):
             raise CompressError(f"tokens.merge: {name} has {len(amounts)} entries, it must have {blocks}, one a block")
         return [{name: amount} for amount in amounts]
 
+    def _importance(self, found: dict | str) -> dict | str:
+        """With the score that tells which tokens are important, or why there is none."""
+        if isinstance(found, str) or self.importance == "none":
+            return found
+        if self.importance != "received" and not found["rule"]["first"]:
+            return "its tokens have no class token, whose attention would tell; importance: received"
+        return found | {"score": SCORES[self.importance]}
+
     def _settings(self, found: dict, amount: dict, depth: float) -> dict:
         rule = amount | found["rule"] | {"similarity": self.similarity, "ward": self.ward}
         rule["metric"] = "features" if self.metric == "auto" else self.metric
         if self.match == "energy":
             rule["margin"] = round(0.9 - 0.9 * depth, 6)
+        elif self.match == "criteria" or (self.match == "sizes" and depth >= 0.5):
+            rule["match"] = self.match
+        if self.importance != "none":
+            rule["importance"] = self.importance
         if self.protect is not None:
             rule["first"] = self.protect
         return found | {"rule": rule, "proportional": self.proportional}
@@ -136,5 +162,5 @@ class Merge(Transform):
     def apply(self, view: View, plan: Plan) -> None:
         if plan.edits:
             hand_on_fewer(
-                view, plan.edits, weighing(plan.edits), lambda tokens, edit: MergeAfter(tokens, Rule(**edit["rule"]))
+                view, plan.edits, scoring(plan.edits), lambda tokens, edit: MergeAfter(tokens, Rule(**edit["rule"]))
             )

@@ -30,8 +30,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from compress.errors import CompressError
-from compress.nn.token_prune import Keep, PruneAfter, Score, Scored
-from compress.token_stacks import chosen, hand_on_fewer, shrinkable, weighing
+from compress.nn.token_prune import Keep, PruneAfter
+from compress.token_stacks import chosen, hand_on_fewer, scoring, shrinkable
 from compress.transform import Field, Plan, Transform
 from compress.view import View
 
@@ -76,11 +76,7 @@ class Prune(Transform):
         return Plan(edits, notes={"refused": refused})
 
     def apply(self, view: View, plan: Plan) -> None:
-        def cores(tokens, edit):
-            sized = weighing(plan.edits)(tokens, edit)
-            return sized if edit is None else (Score(tokens, edit["score"]), *sized)
-
         def hooks(tokens, edit):
             return PruneAfter(tokens, Keep(**edit["rule"]))
 
-        hand_on_fewer(view, plan.edits, cores, hooks, Scored)
+        hand_on_fewer(view, plan.edits, scoring(plan.edits), hooks)
