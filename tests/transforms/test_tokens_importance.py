@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import models
 from compress.errors import CompressError
+from compress.merge_search import Trial
 from compress.nn.token_match import Rule, bystanders, match
 from compress.nn.token_merge import Tokens
 from compress.outputs import relative_error, run
@@ -244,3 +245,27 @@ def test_the_search_goes_with_importance():
     assert rule["importance"] == "received" and rule["match"] == "criteria" and len(plan.notes["schedules"]) > 2
     method.apply(view, plan)
     assert answers(model, batch).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("vit", {"none", "class", "received", "values"}), ("siglip", {"none", "received"})]
+)
+def test_the_importance_that_changes_answers_least_is_taken(name, kinds):
+    if name == "vit":
+        model, batch = models.MODELS["vit"]()
+    else:
+        model = models.of("siglip_vision_model", "AutoModel", **models.IMAGE)
+        batch = {"pixel_values": models.noise(2, 3, 32, 32)}
+    view, method = View(model), Merge(ratio=0.4, importance="auto")
+    plan = method.calibrate(view, method.plan(view), [batch])
+    tried = plan.notes["importance"]
+    assert {*tried} == kinds
+    best = min(tried, key=tried.get)
+    for edit in plan.edits.values():
+        assert edit["rule"].get("importance", "none") == best and ("score" in edit) == (best != "none")
+    for kind in kinds:
+        fixed = Merge(ratio=0.4, importance=kind, metric=next(iter(plan.edits.values()))["rule"]["metric"])
+        edits = fixed.plan(view).edits
+        error = Trial.of(view, edits, [batch], fixed.apply).error(edits)
+        assert error == pytest.approx(tried[kind], rel=1e-5)
+    assert Merge(importance="auto").uses_data and not Merge(importance="auto").needs_data

@@ -48,7 +48,6 @@ from compress.view import View
 
 Share = Annotated[float, Field(ge=0, le=0.5)]
 Count = Annotated[int, Field(ge=0)]
-SCORES = {"class": "class_attention", "received": "received", "values": "value_aware"}
 
 
 class Merge(Transform):
@@ -78,10 +77,10 @@ class Merge(Transform):
         description="who merges: every second token, those with the most others near them, half from either side by "
         "likeness, importance and size, or in the later half of the blocks the small ones into the large",
     )
-    importance: Literal["none", "class", "received", "values"] = Field(
+    importance: Literal["none", "class", "received", "values", "auto"] = Field(
         "none",
         description="tokens cost more to merge by the class token's attention, by what 16 queries give them, or by the "
-        "class token's attention times the length of their values",
+        "class token's attention times the length of their values; auto: what changes answers to data least, or none",
     )
 
     @property
@@ -90,7 +89,7 @@ class Merge(Transform):
 
     @property
     def uses_data(self) -> bool:
-        return self.needs_data or self.metric == "auto"
+        return self.needs_data or "auto" in (self.metric, self.importance)
 
     def plan(self, view: View) -> Plan:
         given = [name for name in ("ratio", "r", "flops") if name in self.model_fields_set]
@@ -118,7 +117,7 @@ class Merge(Transform):
         return Plan(edits, notes={"refused": refused})
 
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
-        from compress.merge_search import Trial, choose_metric, choose_ratios, within
+        from compress.merge_search import Trial, choose_importance, choose_metric, choose_ratios, within
         from compress.token_pictures import pictures
 
         if not plan.edits:
@@ -129,6 +128,9 @@ class Merge(Transform):
             edits = within(trial, edits, self.flops)
         if self.metric == "auto":
             edits, notes["metric"] = choose_metric(trial, edits)
+        if self.importance == "auto":
+            edits, notes["importance"] = choose_importance(view, edits, batches, self.apply)
+            trial = Trial.of(view, edits, batches, self.apply)
         if self.flops is not None:
             edits, notes["schedules"] = choose_ratios(trial, edits, self.flops)
         patches = [grid(view, block) for block in view.blocks() if block.path in edits]
@@ -146,9 +148,11 @@ class Merge(Transform):
 
     def _importance(self, found: dict | str) -> dict | str:
         """With the score that tells which tokens are important, or why there is none."""
-        if isinstance(found, str) or self.importance == "none":
+        from compress.merge_search import AS_WELL, SCORES
+
+        if isinstance(found, str) or self.importance in ("none", "auto"):
             return found
-        if self.importance != "received" and not found["rule"]["first"]:
+        if self.importance not in AS_WELL and not found["rule"]["first"]:
             return "its tokens have no class token, whose attention would tell; importance: received"
         return found | {"score": SCORES[self.importance]}
 
@@ -159,7 +163,7 @@ class Merge(Transform):
             rule["margin"] = round(0.9 - 0.9 * depth, 6)
         elif self.match == "criteria" or (self.match == "sizes" and depth >= 0.5):
             rule["match"] = self.match
-        if self.importance != "none":
+        if self.importance not in ("none", "auto"):
             rule["importance"] = self.importance
         if self.protect is not None:
             rule["first"] = self.protect
