@@ -82,6 +82,12 @@ def attend_through(view: View, attention: Attention, core: nn.Module) -> None:
     attend_module(view.module(attention.path), view.library, core)
 
 
+def attend_within(module: nn.Module, core: nn.Module) -> None:
+    """Let `core` compute the softmax under the outermost core of this module, which decides what keys it is given."""
+    outer = module.attend
+    core.inner, outer.inner = outer.inner, core
+
+
 def attend_module(module: nn.Module, library: str, core: nn.Module) -> None:
     """The same for a module by itself, without asking whether it can be done."""
     present = getattr(module, "attend", None)

@@ -20,6 +20,8 @@ from compress.transform import Plan
 from compress.view import View
 
 METRICS = ("features", "keys", "both")
+SCORES = {"class": "class_attention", "received": "received", "values": "value_aware"}  # by importance
+AS_WELL = ("received",)  # without a class token
 SLOPES = (-1.0, 0.0, 1.0, 2.0)  # powers of the distance from the first merging block
 MOST = 0.5  # of a block's tokens
 HALVINGS = 8  # of the span in which the strength of a schedule lies
@@ -67,6 +69,19 @@ def choose_metric(trial: Trial, edits: dict[str, dict]) -> tuple[dict[str, dict]
     """By what tokens are best compared, and the error of each."""
     tried = {metric: trial.error(changed(edits, {"metric": metric})) for metric in METRICS}
     return changed(edits, {"metric": min(tried, key=tried.get)}), tried
+
+
+def choose_importance(
+    view: View, edits: dict[str, dict], batches: list[dict], apply: Callable[[View, Plan], None]
+) -> tuple[dict[str, dict], dict[str, float]]:
+    """By what attention makes tokens costlier to merge, if at all, and the error of each."""
+    first = all(edit["rule"]["first"] for edit in edits.values())
+    scores = {name: score for name, score in SCORES.items() if first or name in AS_WELL}
+    plans = {"none": edits}
+    for name, score in scores.items():
+        plans[name] = {path: edit | {"score": score} for path, edit in changed(edits, {"importance": name}).items()}
+    tried = {name: Trial.of(view, each, batches, apply).error(each) for name, each in plans.items()}
+    return plans[min(tried, key=tried.get)], tried
 
 
 def within(trial: Trial, edits: dict[str, dict], budget: float) -> dict[str, dict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from copy import deepcopy
+from math import isqrt
 from types import SimpleNamespace
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from compress.attend import attend_through
 from compress.errors import CompressError
-from compress.nn.token_merge import on_first
+from compress.nn.token_merge import on_first, turned
 from compress.nn.window import ImageSize
 from compress.roles import parent_of, width_in
 from compress.structure import Attention
@@ -25,14 +26,37 @@ POSITIONS = re.compile("rotary|rope|freqs|position_embeddings|position_bias|rela
 WRONG = (AttributeError, CompressError, IndexError, RuntimeError, TypeError, ValueError)  # raised by a part tried alone
 
 
-def positions(module: nn.Module) -> str:
-    """Why a module needs the full grid: it gets or makes positions that would have to follow the merged tokens."""
+def positions(module: nn.Module, known: str = "") -> str:
+    """Why a module needs the full grid: it gets or makes positions, beside those `known`, that merged tokens lose."""
     forwards = [type(module).forward] + ([type(module.processor).__call__] if hasattr(module, "processor") else [])
     names = [name for name, _ in module.named_children()]
     for forward in map(inspect.unwrap, forwards):
         names += [*inspect.signature(forward).parameters, *forward.__code__.co_names]
-    hit = next(filter(POSITIONS.search, names), None)
+    hit = next((name for name in names if name != known and POSITIONS.search(name)), None)
     return f"its positions are those of the full input ({hit})" if hit else ""
+
+
+@torch.no_grad()
+def follows_rows(view: View, attention: Attention) -> bool:
+    """Are an attention's only positions the rotary rows that it is given, one for each patch? Found by trying: where
+    patches change places together with their rows, the answers must change places with them."""
+    module = view.module(attention.path)
+    if "position_embeddings" not in inspect.signature(type(module).forward).parameters:
+        return False
+    module, generator = guinea_pig(module), torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, width(view, attention), generator=generator).expand(2, -1, -1)
+    rows = torch.randn(2, 4, attention.head_dim, generator=generator)
+    order = torch.tensor([[2, 0, 3, 1], [1, 3, 2, 0]])
+    moved = torch.cat([x[:, :1], x[0, 1:][order]], 1)
+    try:
+        plain, found = (
+            module(x, position_embeddings=tuple(rows)),
+            module(moved, position_embeddings=turned(rows, order)),
+        )
+    except WRONG:
+        return False
+    plain, found = plain[0], found[0]
+    return torch.allclose(found[:, 1:], plain[0, 1:][order], atol=1e-5) and torch.allclose(found[:, 0], plain[:, 0])
 
 
 def special_tokens(model: nn.Module, stack: str) -> dict | str:
@@ -79,11 +103,11 @@ def above(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 class Record(nn.Module):
-    """A core that remembers the keys it is given."""
+    """A core that remembers the keys and the mask it is given, and answers with the values."""
 
     def forward(self, module, query, key, value, mask, scale, causal, **kwargs):
-        self.key = key
-        return self.inner(module, query, key, value, mask, scale, causal, **kwargs)
+        self.key, self.mask = key, mask
+        return value
 
 
 @torch.no_grad()
@@ -105,10 +129,12 @@ def merge_point(view: View, block: str, attention: Attention) -> str:
 
 
 def guinea_pig(module: nn.Module) -> nn.Module:
-    """A copy of a module, possibly on meta, with random weights."""
+    """A copy of a module, possibly on meta, with random weights and buffers of zeros."""
     module = deepcopy(module).to_empty(device="cpu").float().eval()
     for index, parameter in enumerate(module.parameters()):
         parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    for buffer in module.buffers():
+        buffer.zero_()
     return module
 
 
@@ -137,3 +163,24 @@ def text_side(view: View, attention: Attention) -> tuple[str, str]:
     sides = {(1, 1): "", (1, 1, 0, 0, 0): "after", (1, 1, 1, 0, 0): "before"}
     side = sides.get(tuple(map(int, same)))
     return ("", "its keys are not one for each token") if side is None else (side, "")
+
+
+@torch.no_grad()
+def window_side(view: View, attention: Attention) -> int | str:
+    """The side of the square windows that an attention reads one by one with positions of its own, found by trying:
+    the same ones come as a mask of a whole window however many tokens there are; or why there is none."""
+    module, record = guinea_pig(view.module(attention.path)), Record()
+    attend_through(SimpleNamespace(library=view.library, module=lambda path: module), attention, record)
+    masks, x = [], torch.ones(4, 2, width(view, attention))
+    try:
+        for tokens in (x[:, :1], x):
+            module(tokens)
+            masks.append(record.mask)
+        whole = masks[0].shape[-1]
+        beside = torch.full((2, whole, whole), -1.0)
+        module(torch.ones(4, whole, x.shape[2]), beside)
+    except WRONG as error:
+        return f"its attention does not work on the tokens of a window ({error})"
+    side = isqrt(whole)
+    same = torch.equal(*masks) and torch.equal(record.mask, (masks[0] - 1).expand_as(record.mask))
+    return side if same and side**2 == whole > 1 else "its windows are not square, or their positions not known"

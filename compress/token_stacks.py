@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from compress.attend import attend_through
+from compress.attend import attend_through, attend_within
 from compress.attend import refusal as attend_refusal
 from compress.errors import CompressError
+from compress.nn.class_token import ClassToken
 from compress.nn.token_merge import MergeAfter, Sized, Tokens
+from compress.nn.token_prune import Score
 from compress.roles import join, parent_of
-from compress.token_layout import above, merge_point, patch_size, positions, special_tokens
+from compress.token_layout import above, follows_rows, merge_point, patch_size, positions, special_tokens
 from compress.view import Attention, Block, View
 
 WINDOWS = ("window_size", "shift_size")
@@ -41,9 +43,7 @@ def grid(view: View, block: Block) -> int | str:
     return patch_size(config)
 
 
-def hand_on_fewer(
-    view: View, edits: dict[str, dict], cores: Callable, hooks: Callable, state: type[Tokens] = Tokens
-) -> None:
+def hand_on_fewer(view: View, edits: dict[str, dict], cores: Callable, hooks: Callable) -> None:
     """Let these blocks hand on fewer tokens, and the last of their stack all of them again.
 
     `cores(tokens, edit)` makes the attention cores of a block, the innermost first, and `hooks(tokens, edit)` what
@@ -53,12 +53,18 @@ def hand_on_fewer(
     for blocks in stacks(view).values():
         if not any(block.path in edits for block in blocks):
             continue
-        tokens = state()
+        tokens = Tokens()
         for block in blocks:
             module, edit = view.module(block.path), edits.get(block.path)
+            attention = attentions[block.attentions[0]]
             for core in cores(tokens, edit):
-                attend_through(view, attentions[block.attentions[0]], core)
+                if reads_class_token(view, attention):
+                    attend_within(view.module(attention.path), core)
+                else:
+                    attend_through(view, attention, core)
             module.merge = part = MergeAfter(tokens, None) if edit is None else hooks(tokens, edit)
+            if any(one.get("rotary") for one in edits.values()):
+                view.module(attention.path).register_forward_pre_hook(part.turn, with_kwargs=True)
             if block is blocks[0]:
                 module.register_forward_pre_hook(part.start)
             if edit is not None:
@@ -74,6 +80,17 @@ def weighing(edits: dict[str, dict]) -> Callable:
     return lambda tokens, edit: (Sized(tokens, next(iter(edits.values()))["proportional"]),)
 
 
+def scoring(edits: dict[str, dict]) -> Callable:
+    """Makes that core, and before it one that scores the tokens where an edit names a `score`."""
+    sized = weighing(edits)
+
+    def cores(tokens, edit):
+        scored = () if edit is None or "score" not in edit else (Score(tokens, edit["score"]),)
+        return (*scored, *sized(tokens, edit))
+
+    return cores
+
+
 def stacks(view: View) -> dict[str, list[Block]]:
     """The blocks that follow each other, by the path of the list that holds them."""
     found = {}
@@ -87,18 +104,37 @@ def after(view: View) -> dict[str, dict | str]:
     attentions = {attention.path: attention for attention in view.attentions()}
     found = {}
     for stack, blocks in stacks(view).items():
-        whys = [refusal(view, block, [attentions[path] for path in block.attentions]) for block in blocks]
+        own = [[attentions[path] for path in block.attentions] for block in blocks]
+        rotary = rotates(view, blocks, sum(own, []))
+        whys = [refusal(view, *both, rotary) for both in zip(blocks, own, strict=True)]
         why = next(filter(None, whys), "") or stack_refusal(view, stack, blocks)
         special = "" if why else special_tokens(view.model, stack)
         why = why or (special if isinstance(special, str) else "")
+        alone = not why and reads_class_token(view, attentions[blocks[-1].attentions[0]])
+        if alone and not special["first"]:
+            why = "the place of its class token, which is all that its last block computes, is not known"
         point = "" if why else merge_point(view, blocks[0].path, attentions[blocks[0].attentions[0]])
-        found |= {block.path: why or {"after": point, "rule": special} for block in blocks}
-        if not point:
+        settings = {"after": point, "rule": special} | ({"rotary": True} if rotary else {})
+        found |= {block.path: why or settings for block in blocks}
+        if not point or alone:
             found[blocks[-1].path] = why or "it is the last of its stack, where a merge would save nothing"
     return found
 
 
-def refusal(view: View, block: Block, attentions: list[Attention]) -> str:
+def reads_class_token(view: View, attention: Attention) -> bool:
+    """Does this attention answer for the class token only (heads.exact), with the keys of all tokens that come?"""
+    return isinstance(getattr(view.module(attention.path), "attend", None), ClassToken)
+
+
+def rotates(view: View, blocks: list[Block], attentions: list[Attention]) -> bool:
+    """Are rotary rows, which can go with the tokens, all the positions that the blocks of this stack know?"""
+    if len({type(view.module(attention.path)) for attention in attentions}) != 1:
+        return False
+    others = [positions(view.module(block.path), "position_embeddings") for block in blocks]
+    return not any(others) and follows_rows(view, attentions[0])
+
+
+def refusal(view: View, block: Block, attentions: list[Attention], rotary: bool) -> str:
     """Why this block cannot work on merged tokens, or nothing."""
     if view.library == "diffusers":
         return "a diffusion model's blocks hand on the full image; tokens.merge_unmerge merges around their attentions"
@@ -112,8 +148,9 @@ def refusal(view: View, block: Block, attentions: list[Attention]) -> str:
         return "it is causal: merged tokens would mix positions and let early ones see late ones"
     modules = view.module(block.path), view.module(attentions[0].path)
     if any(hasattr(module, name) for module in modules for name in WINDOWS):
-        return "it attends within windows of the full grid"
-    return next(filter(None, map(positions, modules)), "") or attend_refusal(view, attentions[0])
+        return "it attends within windows of the full grid; tokens.merge_unmerge merges inside them"
+    why = "" if rotary else next(filter(None, map(positions, modules)), "")
+    return why or ("" if reads_class_token(view, attentions[0]) else attend_refusal(view, attentions[0]))
 
 
 def stack_refusal(view: View, stack: str, blocks: list[Block]) -> str:

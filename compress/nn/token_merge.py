@@ -16,6 +16,8 @@ from compress.nn.token_match import Rule, bystanders, match, unmerge
 from compress_kernels.token_merge import token_merge
 from compress_kernels.token_merge.reference import Matching, Merged, merge, wide
 
+LEAST = 1e-30  # a score of nothing, so that the others can always be weighed
+RARE = 1e-3  # of the mean importance: what nobody looks at is no cheaper than that
 MASKED = -1000.0  # an additive mask below this hides a key; learned position biases stay far above
 
 
@@ -28,10 +30,11 @@ class Tokens:
     slot: Tensor | None = None  # B,N: where each original token is found now; None before the first merge
     origin: Tensor | None = None  # B,n: whose place in the input each token has
     keys: Tensor | None = None  # B,H,n,d of the last attention
+    score: Tensor | None = None  # B,n, float32 at least: what the last attention makes of them, where it is asked
 
     def reset(self) -> None:
         """Forget everything, also what a forward that failed half-way left behind."""
-        self.alive = self.size = self.slot = self.origin = self.keys = None
+        self.alive = self.size = self.slot = self.origin = self.keys = self.score = None
 
     def see(self, mask: Tensor, batch: int) -> None:
         """Learn from an attention mask (B,H,N,N or broadcastable) which tokens are padding."""
@@ -48,12 +51,13 @@ class Tokens:
         rows = None if self.alive is None else rule.removes_rows(self.alive.sum(1))
         fixed = bystanders(rule, tokens, self.alive, x.device)
         metric = self.compared(x, rule.metric)
-        if rule.margin is None:
+        if rule.margin is None and rule.match == "bipartite" and rule.importance == "none":
             euclidean = rule.similarity == "euclidean"
             found = token_merge(x, metric, self.size, fixed, self.alive, rows, r, euclidean, rule.ward)
             x, self.size = found.x, found.size
         else:
-            found = match(metric, r, fixed, self.alive, rows, self.size, rule)
+            weight = None if rule.importance == "none" else self.weight(fixed)
+            found = match(metric, r, fixed, self.alive, rows, self.size, rule, weight)
             x, self.size = merge(x, found, self.size)
         self.follow(found)
         return x
@@ -66,6 +70,12 @@ class Tokens:
             return self.keys.to(wide(x.dtype)).mean(1)
         parts = x, self.keys.transpose(1, 2).flatten(2)
         return torch.cat([F.normalize(part.to(wide(x.dtype)), dim=-1) for part in parts], -1)
+
+    def weight(self, fixed: Tensor) -> Tensor:
+        """How important each token is by its score, by the original one, against the mean of all that may merge."""
+        score, self.score = self.score / self.size.clamp(min=1), None
+        mean = (score * ~fixed).sum(1, keepdim=True) / (~fixed).expand_as(score).sum(1, keepdim=True).clamp(min=1)
+        return (score / mean.clamp(min=LEAST)).clamp(min=RARE)
 
     def begin(self, x: Tensor) -> None:
         """Before the first change: every token of x stands for itself, and padding for none."""
@@ -81,9 +91,14 @@ class Tokens:
         self.origin = self.origin.gather(1, matching.kept)
         self.alive = None if self.alive is None else self.alive.gather(1, matching.kept)
 
+    def places(self, patches: int) -> Tensor:
+        """Which of so many patches, behind the leading tokens, each token that is left is or goes on as."""
+        first = self.slot.shape[1] - patches
+        return self.origin[:, first:] - first
+
     def unmerge(self, x: Tensor) -> Tensor:
-        """Bring x back to the places of the input and forget."""
-        out = x if self.slot is None else unmerge(x, self.slot)
+        """Bring x back to the places of the input and forget; a class token alone is in its place."""
+        out = x if self.slot is None or x.shape[1] < self.size.shape[1] else unmerge(x, self.slot)
         self.reset()
         return out
 
@@ -159,8 +174,20 @@ class MergeAfter(nn.Module):
     def shrink(self, block, args, output):
         return on_first(output, lambda x: self.tokens.merge(x, self.rule))
 
+    def turn(self, attention, args, kwargs):
+        """Hook in front of an attention with rotary positions: every token has the row of the place it stayed at."""
+        if self.tokens.slot is None:
+            return None
+        rows = kwargs["position_embeddings"]
+        return args, kwargs | {"position_embeddings": turned(rows, self.tokens.places(rows[0].shape[-2]))}
+
     def restore(self, block, args, output):
         return on_first(output, self.tokens.unmerge)
+
+
+def turned(rows: tuple[Tensor, ...], places: Tensor) -> tuple[Tensor, ...]:
+    """The rotary rows (P,d each) of the patches at these places (B,n), for all heads."""
+    return tuple(row[places][:, None] for row in rows)
 
 
 def on_first(output, change):

@@ -12,18 +12,10 @@ from torch import Tensor, nn
 
 from compress.nn.probabilities import probabilities
 from compress.nn.token_match import MILLION, bystanders
-from compress.nn.token_merge import MergeAfter, Tokens, on_first
+from compress.nn.token_merge import LEAST, MergeAfter, Tokens, on_first
 from compress_kernels.token_merge.reference import Matching, take, wide
 
 ROWS = 16  # queries whose attention is looked at where there is no class token
-LEAST = 1e-30  # score of a token nobody looks at, so that the rest can always be weighed
-
-
-@dataclass
-class Scored(Tokens):
-    """Tokens and what the block that is running makes of them."""
-
-    score: Tensor | None = None  # B,n, float32 at least
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ def attention_of(rows: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, 
 class Score(nn.Module):
     """An attention core that scores the tokens by a few of its query rows; the attention itself stays what it is."""
 
-    def __init__(self, tokens: Scored, by: str):
+    def __init__(self, tokens: Tokens, by: str):
         super().__init__()
         self.tokens, self.by = tokens, by
 
@@ -141,7 +133,7 @@ def fuse(x: Tensor, score: Tensor, matching: Matching, fused: Tensor) -> Tensor:
 class PruneAfter(MergeAfter):
     """Hooks of a block that hands on the tokens its attention looks at, and the mean of all others."""
 
-    def __init__(self, tokens: Scored, keep: Keep):
+    def __init__(self, tokens: Tokens, keep: Keep):
         super().__init__(tokens, None)
         self.keep = keep
 

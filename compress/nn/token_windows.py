@@ -36,11 +36,17 @@ def places(height: int, width: int, cell: int, reach: int | None) -> tuple[Tenso
 
 
 def match_near(
-    x: Tensor, r: int, near: tuple[Tensor, Tensor], similarity: str = "cosine", pair: bool = False
+    x: Tensor,
+    r: int,
+    near: tuple[Tensor, Tensor],
+    similarity: str = "cosine",
+    pair: bool = False,
+    apart: Tensor | None = None,
 ) -> Matching:
     """The r tokens of x (B,N,D) that are most like the first token of a cell near them, and which that is.
 
-    With `pair` the two halves of the batch, the same images under two conditions, are matched alike.
+    With `pair` the two halves of the batch, the same images under two conditions, are matched alike. Tokens that must
+    not see each other (`apart` B,N,N) merge last.
     """
     batch, tokens = x.shape[:2]
     if pair and batch % 2 == 0:
@@ -50,6 +56,10 @@ def match_near(
     left, right = (take(x, index.clamp(min=0).flatten().expand(len(x), -1)) for index in (sources, targets))
     left, right = left.unflatten(1, sources.shape).flatten(0, 1), right.unflatten(1, targets.shape).flatten(0, 1)
     found = costs(left, right, None, None, similarity, 0).unflatten(0, (len(x), -1))  # B,C,S,K
+    if apart is not None:
+        rows = apart[:, sources.clamp(min=0)]  # B,C,S,N
+        foreign = rows.gather(3, targets.clamp(min=0)[:, None].expand(rows.shape[:3] + targets.shape[1:]))
+        found = found.masked_fill(foreign, torch.finfo(found.dtype).max)
     best, at = found.masked_fill((targets < 0)[:, None], torch.inf).min(-1)
     best = best.masked_fill(sources < 0, torch.inf).flatten(1)
     target = targets[:, None].expand(-1, sources.shape[1], -1).expand(len(x), -1, -1, -1).gather(3, at[..., None])
@@ -138,3 +148,59 @@ class MergeNear(nn.Module):
     def restore(self, module, args, output):
         """Hook behind it."""
         return on_first(output, self.tokens.unmerge)
+
+
+@dataclass
+class Windowed(Tokens):
+    """Tokens of the windows of a grid."""
+
+    mask: Tensor | None = None  # B,N,N, additive: which of them are no neighbours in the image
+
+
+class MergeInWindow(nn.Module):
+    """Hooks of an attention that reads square windows of a grid one by one (B,N,D): tokens are merged within each.
+
+    Their mask goes to the core, since the attention itself would add it to the positions of all tokens.
+    """
+
+    def __init__(self, path: str, tokens: Windowed, near: Near, side: int):
+        super().__init__()
+        self.path, self.tokens, self.near, self.side = path, tokens, near, side
+
+    def extra_repr(self) -> str:
+        return f"side={self.side}, {self.near}"
+
+    def shrink(self, module, args, kwargs):
+        """Hook in front of the attention."""
+        x, mask = args[0], args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if x.shape[1] != self.side**2:
+            raise CompressError(f"{self.path}: a window has {x.shape[1]} tokens, it must have {self.side**2}")
+        tokens = self.tokens
+        tokens.reset()
+        tokens.mask = None if mask is None else mask.repeat(len(x) // len(mask), 1, 1)
+        if r := self.near.removes(self.side, self.side):
+            tokens.begin(x)
+            cells = places(self.side, self.side, self.near.cell, self.near.reach)
+            apart = None if mask is None else tokens.mask < 0
+            matching = match_near(x, r, cells, self.near.similarity, apart=apart)
+            x, tokens.size = merge(x, matching, tokens.size)
+            tokens.follow(matching)
+        return (x,), {key: value for key, value in kwargs.items() if key != "attention_mask"}
+
+    def restore(self, module, args, output):
+        """Hook behind it."""
+        self.tokens.mask = None
+        return on_first(output, self.tokens.unmerge)
+
+
+class Shifted(nn.Module):
+    """An attention core that adds the mask of shifted windows to the positions within one."""
+
+    def __init__(self, tokens: Windowed):
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, module, query, key, value, mask, scale, causal, **kwargs) -> Tensor:
+        if self.tokens.mask is not None:
+            mask = mask + self.tokens.mask[:, None]
+        return self.inner(module, query, key, value, mask, scale, causal, **kwargs)

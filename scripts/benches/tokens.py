@@ -197,10 +197,25 @@ def searched(model, share, seen, left):
     return applied(model, Merge(flops=share), seen)
 
 
+def after_exact(model, share, seen, left):
+    """Ours before a last block that computes its class token only, where the model reads no other."""
+    from compress.transforms.heads.exact import Exact
+    from compress.transforms.tokens.merge import Merge
+    from compress.view import View
+
+    view = View(deepcopy(model))
+    plan = Exact().plan(view)
+    if not any("norm" in edit for edit in plan.edits.values()):
+        return None
+    Exact().apply(view, plan)
+    return applied(view.model, Merge(flops=share / left(view.model)), seen)
+
+
 CONTENDERS = {
     "ToMe": constant("bipartite"),
     "PiToMe": constant("energy"),
     "EViT": evit,
     "2x2 pooling": pooled,
     "tokens.merge, searched": searched,
+    "heads.exact, tokens.merge": after_exact,
 }

@@ -13,7 +13,6 @@ from compress.nn.window import TextWindow
 from compress.outputs import relative_error, run
 from compress.transforms.heads.exact import Exact
 from compress.transforms.linear.window import Window
-from compress.transforms.tokens.merge import Merge
 from compress.view import View
 from models import IMAGE, MODELS, TEXT, seeded
 
@@ -118,7 +117,6 @@ def test_other_attentions_are_refused_where_only_the_class_token_is_left():
     model, _ = MODELS["vit"]()
     done(model)
     view = View(model)
-    assert "class token only" in Merge().plan(view).notes["refused"]["vit.layers.1"]
     assert "class token only" in Window(radius=1).plan(view).notes["refused"]["vit.layers.1.attention"]
     with pytest.raises(CompressError, match="class token only"):
         attend_through(view, view.attention("vit.layers.1.attention"), TextWindow(1, 0, False))

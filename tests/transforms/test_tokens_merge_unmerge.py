@@ -128,6 +128,7 @@ def test_every_model_it_takes(name, options):
     ("name", "path", "reason"),
     [
         ("vit", "vit.layers.1.attention", "there is tokens.merge"),
+        ("swinv2", "encoder.layers.0.blocks.0.attention.self", "computes attention by itself"),
         ("flux", "transformer_blocks.0.attn", "positions are those of the full input"),
         ("flux", "single_transformer_blocks.0.attn", "positions are those of the full input"),
         ("unet2d", "mid_block.attentions.0", "a map (B, C, H, W)"),
@@ -135,7 +136,7 @@ def test_every_model_it_takes(name, options):
     ],
 )
 def test_refused_by_name_with_the_reason(name, path, reason):
-    view = View(models.MODELS[name]()[0])
+    view = View((models.MODELS | models.MORE)[name]()[0])
     plan = MergeUnmerge().plan(view)
     assert path not in plan.edits and reason in plan.notes["refused"][path]
     with pytest.raises(CompressError, match=f"cannot change {re.escape(path)}: .*{re.escape(reason)}"):
@@ -238,3 +239,76 @@ def test_matching_with_all_cells_gathers_no_tokens_for_each():
     """The first tokens of all cells are compared once, not copied for every cell."""
     sources, near = places(64, 64, 2, None)
     assert sources.shape == (1, 3 * 1024) and near.shape == (1, 1024)
+
+
+def swin(**options):
+    sizes = models.SWIN | {"image_size": 64, "window_size": 7} | options  # grids of 16 and 8, padded to 21 and 14
+    return models.of("swin", "AutoModel", **sizes).double(), {"pixel_values": models.noise(2, 3, 64, 64).double()}
+
+
+@pytest.mark.parametrize("side", [4, 6, 7])
+def test_windows_are_merged_one_by_one(side):
+    model, batch = swin(window_size=side)
+    stock, merged, seen = answers(model, batch), compressed(model, ratio=0.5), []
+    for module in merged.modules():
+        if hasattr(module, "q_proj"):
+            module.q_proj.register_forward_pre_hook(lambda linear, args: seen.append(args[0].shape[1]))
+    out = answers(merged, batch)
+    assert seen == [side**2 - side**2 // 2] * 4
+    assert out.shape == stock.shape and 1e-4 < relative_error(out, stock) < 0.6
+    assert out.equal(answers(merged, batch)) and [*merged.state_dict()] == [*model.state_dict()]
+    order = torch.tensor([1, 0])
+    swapped = answers(merged, {"pixel_values": batch["pixel_values"][order]})
+    torch.testing.assert_close(swapped, out[order], rtol=1e-6, atol=1e-8)
+    for nothing in ({"ratio": 1e-6}, {"least": 10**6}):
+        torch.testing.assert_close(answers(compressed(model, **nothing), batch), stock, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_window_by_hand(attention):
+    """A merged token has the position and the neighbours of the one that stays, and counts for all it stands for."""
+    model, batch = swin(attn_implementation=attention)
+    module, seen = compressed(model).get_submodule("encoder.layers.0.blocks.1.attention"), {}
+    x, beside = draw(18, 49, 16), torch.zeros(9, 49, 49, dtype=torch.float64)
+    beside[4, :20, 20:] = beside[4, 20:, :20] = -100.0
+    module.q_proj.register_forward_pre_hook(
+        lambda linear, args: seen.update(x=args[0], tokens=copy.copy(module.merge.tokens))
+    )
+    with torch.no_grad():
+        out = module(x, beside)[0]
+        x, tokens, origin = seen["x"], seen["tokens"], seen["tokens"].origin
+        query, key, value = (
+            linear(x).unflatten(-1, (2, 8)).transpose(1, 2) for linear in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        mask = module.relative_position_bias() + beside.repeat(2, 1, 1)[:, None]
+        mask = mask.gather(2, origin[:, None, :, None].expand(-1, 2, -1, 49))
+        mask = mask.gather(3, origin[:, None, None].expand(-1, 2, origin.shape[1], -1))
+        weights = query @ key.transpose(2, 3) / 8**0.5 + mask + tokens.size.double().log()[:, None, None]
+        expected = module.o_proj((weights.softmax(-1) @ value).transpose(1, 2).flatten(2))
+    expected = unmerge(expected, tokens.slot)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    groups = tokens.slot[4]
+    assert not {*groups[:20].tolist()} & {*groups[20:].tolist()}, "parts of a shifted window stay apart"
+    assert {*tokens.slot[3][:20].tolist()} & {*tokens.slot[3][20:].tolist()}, "where nothing divides them they do not"
+
+
+def test_equal_tokens_of_a_window_merge_without_an_error():
+    model, _ = swin()
+    for module in model.modules():
+        if hasattr(module, "relative_position_bias_table"):
+            module.relative_position_bias_table.data.zero_()
+    batch = {"pixel_values": models.noise(2, 3, 1, 1).double().expand(-1, -1, 56, 56)}
+    torch.testing.assert_close(answers(compressed(model), batch), answers(model, batch), rtol=1e-6, atol=1e-6)
+
+
+def test_what_windows_cannot_share_or_follow_is_refused():
+    model, _ = swin()
+    for option in ({"blocks": 2}, {"steps": 2}, {"pair": True}):
+        with pytest.raises(CompressError, match=f"{next(iter(option))} is for diffusion models"):
+            MergeUnmerge(**option).plan(View(model))
+    assert MergeUnmerge().plan(View(compressed(model))).edits == {}
+    attention = compressed(model).get_submodule("encoder.layers.0.blocks.0.attention")
+    with pytest.raises(CompressError, match="a window has 16 tokens, it must have 49"):
+        attention(draw(2, 16, 16))
+    empty = copy.deepcopy(model).to("meta")
+    assert MergeUnmerge().plan(View(empty)).edits == MergeUnmerge().plan(View(model)).edits != {}

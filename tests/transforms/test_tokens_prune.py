@@ -14,7 +14,8 @@ import models
 from compress.attend import Softmax
 from compress.errors import CompressError
 from compress.flops import count
-from compress.nn.token_prune import ROWS, Keep, PruneAfter, Score, Scored, choose, even_rows, fuse
+from compress.nn.token_merge import Tokens
+from compress.nn.token_prune import ROWS, Keep, PruneAfter, Score, choose, even_rows, fuse
 from compress.outputs import relative_error, run
 from compress.transform import Plan
 from compress.transforms.tokens.merge import Merge
@@ -30,7 +31,7 @@ def draw(*shape, seed=0):
 
 def pruned(x, score, keep, alive=None):
     """What a hook makes of x with these scores, and its state."""
-    tokens = Scored(alive=alive, score=score)
+    tokens = Tokens(alive=alive, score=score)
     return PruneAfter(tokens, keep).prune(x), tokens
 
 
@@ -163,7 +164,7 @@ def test_scores_are_those_of_the_full_matrix(masked, groups):
         "received": received,
     }
     for by, score in wanted.items():
-        tokens = Scored(alive=alive if masked else None)
+        tokens = Tokens(alive=alive if masked else None)
         core = Score(tokens, by)
         core.inner = Softmax()
         plain = core.inner(nn.Identity(), query, key, value, mask, 0.3, False)

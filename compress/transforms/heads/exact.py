@@ -12,8 +12,11 @@ and what is read of the last block is seen by following its output through the m
 computing every token by itself when hidden states or attention weights are asked for, in training, and when the encoder
 is run without its classifier.
 
-When it hurts: never the answers. Later steps that put an attention of their own into the last block (tokens.merge,
-linear.window) are refused there, and quantizers which calibrate block by block look at the whole model at once;
+Fewer tokens before it (tokens.merge, prune, pool) are keys and values of the last block with the weights they have;
+what goes by keys or the length of values sees them without their bias, and may choose others.
+
+When it hurts: never the answers. Later steps that put an attention of their own into the last block (linear.window)
+are refused there, and quantizers which calibrate block by block look at the whole model at once;
 `class_token: false` leaves the block as it is. The result is no ordinary config, so it is saved with our loading code.
 
 Papers: none of its own; for the last block see "DiffRate: Differentiable Compression Rate for Efficient Vision

@@ -10,8 +10,8 @@ When it hurts: it averages over edges as over sky; what merging by likeness (tok
 at the tokens is worth. A CIFAR-10 classifier of 9 blocks (65 tokens, 500 images, accuracy .812) kept .764 at .83 and
 .750 at .75 of the FLOPs, with a mean KL of .082 and .157; tokens.merge at .75 kept .810 with .012. Early blocks suffer
 most: prefer late ones. Dense prediction loses the detail inside a cell. Hidden states asked for from between the blocks
-have fewer tokens than the input. Only for vision transformers that keep one grid of patches; not for windows, rotary or
-relative positions.
+have fewer tokens than the input. Only for vision transformers that keep one grid of patches; not for windows and
+relative positions. Rotary positions go with the tokens (DINOv3): that of a cell's first token is its position.
 
 Papers: none of its own; fixed pooling with training in "Rethinking Spatial Dimensions of Vision Transformers", Heo,
 Yun, Han, Chun, Choe, Oh, 2021; log s as in "Token Merging: Your ViT But Faster", Bolya, Fu, Dai, Zhang, Feichtenhofer,
@@ -53,8 +53,8 @@ class Pool(Transform):
             if isinstance(patch, str):
                 refused[path] = patch
             else:
-                first = found["rule"]["first"]
-                edits[path] = {"after": found["after"], "first": first, "patch": patch}
+                rest = {key: value for key, value in found.items() if key != "rule"}
+                edits[path] = rest | {"first": found["rule"]["first"], "patch": patch}
         for members in stacks(view).values():
             for times, block in enumerate(block for block in members if block.path in edits):
                 edits[block.path] |= {"times": times, "proportional": self.proportional}

@@ -17,7 +17,8 @@ and .67, tokens.merge .650 and .07 (at .67). There EViT's own score brought .40,
 Mean pooling counts the fused token for all it stands for. Small models and early blocks suffer most. The paper prunes
 before the MLP of a block; here it is after it where the block has no module for attention with its residual. Hidden
 states asked for from between the blocks have fewer tokens than the input. Log sizes go as an attention mask, which
-rules out flash kernels. Not for causal decoders, windows, rotary positions and diffusion models.
+rules out flash kernels. Rotary positions go with the tokens (DINOv3); not for causal decoders, windows, relative
+positions and diffusion models.
 
 Papers: "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations", Liang, Ge, Tong,
 Song, Wang, Xie, 2022; "Adaptive Token Sampling For Efficient Vision Transformers", Fayyaz, Abbasi Koohpayegani, Rezaei
@@ -29,8 +30,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from compress.errors import CompressError
-from compress.nn.token_prune import Keep, PruneAfter, Score, Scored
-from compress.token_stacks import chosen, hand_on_fewer, shrinkable, weighing
+from compress.nn.token_prune import Keep, PruneAfter
+from compress.token_stacks import chosen, hand_on_fewer, scoring, shrinkable
 from compress.transform import Field, Plan, Transform
 from compress.view import View
 
@@ -75,11 +76,7 @@ class Prune(Transform):
         return Plan(edits, notes={"refused": refused})
 
     def apply(self, view: View, plan: Plan) -> None:
-        def cores(tokens, edit):
-            sized = weighing(plan.edits)(tokens, edit)
-            return sized if edit is None else (Score(tokens, edit["score"]), *sized)
-
         def hooks(tokens, edit):
             return PruneAfter(tokens, Keep(**edit["rule"]))
 
-        hand_on_fewer(view, plan.edits, cores, hooks, Scored)
+        hand_on_fewer(view, plan.edits, scoring(plan.edits), hooks)
