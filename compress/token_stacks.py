@@ -43,7 +43,9 @@ def grid(view: View, block: Block) -> int | str:
     return patch_size(config)
 
 
-def hand_on_fewer(view: View, edits: dict[str, dict], cores: Callable, hooks: Callable) -> None:
+def hand_on_fewer(
+    view: View, edits: dict[str, dict], cores: Callable, hooks: Callable, state: type[Tokens] = Tokens
+) -> None:
     """Let these blocks hand on fewer tokens, and the last of their stack all of them again.
 
     `cores(tokens, edit)` makes the attention cores of a block, the innermost first, and `hooks(tokens, edit)` what
@@ -53,7 +55,7 @@ def hand_on_fewer(view: View, edits: dict[str, dict], cores: Callable, hooks: Ca
     for blocks in stacks(view).values():
         if not any(block.path in edits for block in blocks):
             continue
-        tokens = Tokens()
+        tokens = state()
         for block in blocks:
             module, edit = view.module(block.path), edits.get(block.path)
             attention = attentions[block.attentions[0]]
