@@ -33,7 +33,7 @@ class Lesson:
             self.targets = {id(batch): seen(teacher, batch)[0] for batch in batches}
 
     def teach(
-        self, weights: list[nn.Parameter], steps: int, also: Callable[[list[Tensor]], Tensor],
+        self, weights: list[nn.Parameter], steps: int, also: Callable[[list[Tensor], dict], Tensor],
         anneal: Callable[[float], None] = lambda done: None, rate: float = RATE,
     ) -> None:  # fmt: skip
         """Adam on these weights at a rate of so much of their size; `also` adds to the loss what the layers give.
@@ -52,7 +52,7 @@ class Lesson:
             adam.zero_grad()
             with torch.enable_grad():
                 got, layers = seen(self.student, batch)
-                loss = distance(got, self.targets[id(batch)]) + also(layers)
+                loss = distance(got, self.targets[id(batch)]) + also(layers, batch)
             if not loss.isfinite():
                 raise CompressError("the distillation diverged; give fewer steps")
             loss.backward()
