@@ -33,7 +33,7 @@ class Lesson:
             self.targets = {id(batch): seen(teacher, batch)[0] for batch in batches}
 
     def teach(
-        self, weights: list[nn.Parameter], steps: int, also: Callable[[list[Tensor]], Tensor],
+        self, weights: list[nn.Parameter], steps: int, also: Callable[[list[Tensor], dict], Tensor],
         anneal: Callable[[float], None] = lambda done: None, rate: float = RATE,
     ) -> None:  # fmt: skip
         """Train these weights; `also` adds to the loss what the layers give.
@@ -44,7 +44,7 @@ class Lesson:
         def loss(batch: dict, done: float) -> Tensor:
             anneal(min(2 * done, 1))
             got, layers = seen(self.student, batch)
-            return distance(got, self.targets[id(batch)]) + also(layers)
+            return distance(got, self.targets[id(batch)]) + also(layers, batch)
 
         self.student.requires_grad_(False)
         train(weights, self.lessons, loss, steps, rate)

@@ -35,6 +35,15 @@ def shrinkable(view: View, blocks: list[Block]) -> dict[str, dict | str]:
     return {block.path: found[block.path] for block in blocks}
 
 
+def displaced(view: View, found: dict) -> str:
+    """Why tokens that no longer stand for places of one image cannot go through this stack, or nothing."""
+    if "rotary" in found:
+        return "its rotary positions are those of the tokens of one image"
+    if any(reads_class_token(view, attention) for attention in view.attentions()):
+        return "its last block computes its class token only, which heads.exact leaves out with class_token: false"
+    return ""
+
+
 def grid(view: View, block: Block) -> int | str:
     """The side of the patches whose grid this block's tokens are, or why they are none."""
     config = getattr(view.module(block.attentions[0]), "config", view.model.config)

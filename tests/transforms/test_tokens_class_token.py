@@ -107,3 +107,9 @@ def test_the_class_token_itself_must_not_merge():
     assert "last of its stack" in Merge().plan(View(both.model)).notes["refused"]["vit.layers.3"]
     with pytest.raises(CompressError, match="protect is 0, it must be at least 1"):
         Merge(protect=0).plan(View(both.model))
+
+
+@pytest.mark.parametrize("use", ["tokens.pack", "tokens.slim"])
+def test_what_needs_every_token_at_its_place_is_refused_there(use):
+    with pytest.raises(CompressError, match="class_token: false"):
+        after("ViT", {"use": "heads.exact"}, {"use": use})

@@ -82,7 +82,7 @@ class Mixture(Transform):
         if any(core.active < len(core.routed_weight) for core in cores.values()):
             trained = [weight for module in [*cores.values(), *outputs.values()] for weight in module.parameters(False)]
             with unevenness(cores) as uneven:
-                lesson.teach(trained, self.steps, lambda layers: self.balance * uneven(), rate=RATE)
+                lesson.teach(trained, self.steps, lambda layers, batch: self.balance * uneven(), rate=RATE)
         after = lesson.examine(student)["error"]
         if after >= before:
             student.load_state_dict(start)

@@ -80,7 +80,7 @@ class Outliers(Transform):
                     wanted = [self.alpha * done, 1 + (self.zeta - 1) * done]
                     core.alpha_zeta.copy_(core.alpha_zeta.new_tensor(wanted))
 
-        def loud(layers: list[Tensor]) -> Tensor:
+        def loud(layers: list[Tensor], batch: dict) -> Tensor:
             return self.strength * torch.stack([kurtosis(x).log() for x in layers]).mean()
 
         tables = {id(module.weight) for module in student.modules() if isinstance(module, nn.Embedding)}

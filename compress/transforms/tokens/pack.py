@@ -32,7 +32,7 @@ from typing import ClassVar, Literal
 from compress.errors import CompressError
 from compress.nn.token_pack import Apart, Mass, PackAfter, Packed
 from compress.nn.token_prune import Score
-from compress.token_stacks import chosen, hand_on_fewer, reads_class_token, shrinkable
+from compress.token_stacks import chosen, displaced, hand_on_fewer, shrinkable
 from compress.transform import Field, Plan, Transform
 from compress.transforms.tokens.prune import quarters
 from compress.view import View
@@ -72,14 +72,11 @@ class Pack(Transform):
             return Plan({})
         blocks = [block for block in chosen(view, "tokens.pack", self.blocks, quarters) if self.takes(block.path)]
         edits, refused = {}, {}
-        alone = any(reads_class_token(view, attention) for attention in view.attentions())
         for path, found in shrinkable(view, blocks).items():
             if isinstance(found, str):
                 refused[path] = found
-            elif "rotary" in found:
-                refused[path] = "its rotary positions are those of one image, a packed sequence has many"
-            elif alone:
-                refused[path] = "the last block computes its class token only, with the keys of one image"
+            elif why := displaced(view, found):
+                refused[path] = why
             elif self.score != "received" and not found["rule"]["first"]:
                 refused[path] = "its tokens have no class token, whose attention would score them; score: received"
             else:
