@@ -194,7 +194,7 @@ def searched(model, share, seen, left):
     """Ours."""
     from compress.transforms.tokens.merge import Merge
 
-    return applied(model, Merge(flops=share), seen)
+    return applied(model, Merge(flops=share, importance="auto"), seen)
 
 
 def after_exact(model, share, seen, left):

@@ -3,7 +3,7 @@
 A score tells what each head costs (`score`); the cheapest for what they save go first, and scores are asked anew on
 the pruned model `rounds` times. Then, layer by layer on what the layers before it give now, the output projections are
 solved for by least squares to give what the unchanged model gave, with or without the error that came from before,
-whichever brings the layer's answer nearer; the ridge is chosen on rows set apart. No labels, no training.
+whichever brings the layer's answer nearer; the ridge is chosen on rows set apart. No labels, and no training.
 
 Scores: `energy` (what the answers lose with the variation of what a head writes), `fisher` (half of the gates' Fisher
 information, with pairs), `taylor` (size of the gates' gradients), `leave_one_out` (measured with the head's layer refit
@@ -20,9 +20,14 @@ One budget: `keep` (share of the heads), `flops` or `latency` (shares of the mod
 may cost the more the more it saves). `include: [heads, mlp]` lets channels of MLPs go by the same scores and repair, in
 slices of such as matter alike, so that widths stay multiples of eight.
 
+`distill: 60` trains the blocks on for so many steps, to answer as the original does, and decoders to expect the text
+besides (a fifth of the loss); it is undone where that brings nothing on data held out. SmolLM2-135M without 11 of 90
+groups: perplexity of WikiText 6 % up when repaired, 10 % down when distilled, mean KL .063 and .074. It learned what
+the text is like, as the original would have; of 500 PIQA goals it solves .650, .622 and .628. Some minutes on a CPU.
+
 When it hurts: the repair knows the calibration data only, so give ten thousand tokens or more of the kind that the
 model will read. Small decoders with few key-value groups lose much with each group; `score: magnitude` without data
-sees neither attention nor data and repairs nothing.
+sees neither attention nor data and repairs nothing. Distilling on a few dozen photos was undone every time.
 
 Papers: Michel, Levy, Neubig, "Are Sixteen Heads Really Better than One?", NeurIPS 2019; Park, Choi, Kang, "Accurate
 Retraining-free Pruning for Pretrained Encoder-based Language Models", ICLR 2024 (repair by least squares); those of
