@@ -12,8 +12,8 @@ Queries and keys are narrowed only where nothing but their product lies between:
 Every attention is tried alone, with random weights in float64, and what is not exact is refused by name.
 `by: weights` takes directions and equal ranks from the weights alone (COMCAT without its training), for comparison.
 
-`distill: 60` trains the blocks on for so many steps, as in heads.prune: values of SmolLM2-135M at rank 48 of 64 have 1.04
-of the perplexity without it, .90 with it, and a mean KL of .062 and .070.
+`distill: 60` trains the blocks on for so many steps, as in heads.prune: values of SmolLM2-135M at rank 48 of 64 have
+1.04 of the perplexity without it, .90 with it, and a mean KL of .062 and .070.
 
 When it hurts: by weights alone it ruins decoders, whose tokens are far from evenly spread. Ranks below three quarters
 cost visibly. Heads of other widths miss some fast attention kernels: on a CPU, prompts are read no faster, what gets

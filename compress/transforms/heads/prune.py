@@ -27,7 +27,7 @@ the text is like, as the original would have; of 500 PIQA goals it solves .650, 
 
 When it hurts: the repair knows the calibration data only, so give ten thousand tokens or more of the kind that the
 model will read. Small decoders with few key-value groups lose much with each group; `score: magnitude` without data
-sees neither attention nor data and repairs nothing. Distilling on a few dozen photos was undone every time.
+sees neither attention nor data and repairs nothing. Distilling DINOv2-S on 48 photos made it worse and was undone.
 
 Papers: Michel, Levy, Neubig, "Are Sixteen Heads Really Better than One?", NeurIPS 2019; Park, Choi, Kang, "Accurate
 Retraining-free Pruning for Pretrained Encoder-based Language Models", ICLR 2024 (repair by least squares); those of
