@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compress.data import rows as examples_in
 from compress.distill import train
+from compress.errors import CompressError
 from compress.mixing import apart
 from compress.outputs import answer, inputs
 from compress.probing import is_logits
@@ -31,15 +32,18 @@ LESSON, JUDGE = 2**10, 2**12  # tokens of one step, and to judge by
 def relearn(view: View, original: nn.Module, batches: list[dict], steps: int) -> str:
     """Train the blocks to answer as the original does; what is zero stays zero. What came of it, in words.
 
-    It is undone where the loss on batches held out did not fall.
+    All but the view's model is turned to float32, since small steps vanish in bfloat16. It is undone where the loss on batches held out did not fall.
     """
-    seen, held = apart(batches)
-    student, teacher = deepcopy(view.model).float(), original  # float32, since small steps vanish in bfloat16
+    student, teacher = deepcopy(view.model).float(), original.float()
+    wide = [{name: x.float() if x.is_floating_point() else x for name, x in batch.items()} for batch in batches]
+    seen, held = apart(wide)
     judged = lessons(some(held, JUDGE))
     before = lost(student, teacher, judged)
     student.requires_grad_(False)
     found = (weight for block in view.blocks() for weight in student.get_submodule(block.path).parameters())
     weights = list(dict.fromkeys(weight for weight in found if weight.is_floating_point()))
+    if not weights:
+        raise CompressError("distill: the model has no blocks whose weights could be trained")
     for weight in weights:
         if (weight == 0).any():
             weight.requires_grad_().register_hook((weight != 0).mul)

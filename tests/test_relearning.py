@@ -80,3 +80,13 @@ def test_factors_by_weights_learn_from_no_data():
 
     with pytest.raises(CompressError, match="leave one out"):
         Factorize(by="weights", distill=3).plan(View(decoder()[0]))
+
+
+def test_models_in_bfloat16_learn_in_float32_and_stay_what_they_are():
+    model, batches = encoder()
+    model = sharp(model).bfloat16()
+    batches = [{"pixel_values": batch["pixel_values"].bfloat16()} for batch in batches]
+    method = Prune(keep=0.5, score="energy", distill=3)
+    plan = method.calibrate(View(model), method.plan(View(model)), batches)
+    assert plan.notes["remarks"][-1].startswith("3 steps")
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
