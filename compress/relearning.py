@@ -32,7 +32,8 @@ LESSON, JUDGE = 2**10, 2**12  # tokens of one step, and to judge by
 def relearn(view: View, original: nn.Module, batches: list[dict], steps: int) -> str:
     """Train the blocks to answer as the original does; what is zero stays zero. What came of it, in words.
 
-    All but the view's model is turned to float32, since small steps vanish in bfloat16. It is undone where the loss on batches held out did not fall.
+    All but the view's model is turned to float32, since small steps vanish in bfloat16. It is undone where the loss on
+    batches held out did not fall.
     """
     student, teacher = deepcopy(view.model).float(), original.float()
     wide = [{name: x.float() if x.is_floating_point() else x for name, x in batch.items()} for batch in batches]
