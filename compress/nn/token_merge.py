@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.nn.token_match import Rule, bystanders, match, unmerge
+from compress.nn.token_match import PRICE, Rule, bystanders, match, unmerge
 from compress_kernels.token_merge import token_merge
 from compress_kernels.token_merge.reference import Matching, Merged, merge, wide
 
@@ -51,12 +51,12 @@ class Tokens:
         rows = None if self.alive is None else rule.removes_rows(self.alive.sum(1))
         fixed = bystanders(rule, tokens, self.alive, x.device)
         metric = self.compared(x, rule.metric)
-        if rule.margin is None and rule.match == "bipartite" and rule.importance == "none":
-            euclidean = rule.similarity == "euclidean"
-            found = token_merge(x, metric, self.size, fixed, self.alive, rows, r, euclidean, rule.ward)
+        weight = None if rule.importance == "none" else self.weight(fixed)
+        if rule.margin is None and rule.match == "bipartite":
+            euclidean, price = rule.similarity == "euclidean", None if weight is None else weight.pow(PRICE)
+            found = token_merge(x, metric, self.size, fixed, self.alive, rows, r, euclidean, rule.ward, price)
             x, self.size = found.x, found.size
         else:
-            weight = None if rule.importance == "none" else self.weight(fixed)
             found = match(metric, r, fixed, self.alive, rows, self.size, rule, weight)
             x, self.size = merge(x, found, self.size)
         self.follow(found)

@@ -18,6 +18,11 @@ def drawn(batch, tokens, width, depth, seed, dtype=torch.float32):
     return x, metric, size
 
 
+def prices(batch, tokens):
+    """What makes some tokens three times as costly to merge as others."""
+    return torch.rand(batch, tokens, generator=torch.Generator().manual_seed(5)) + 0.5
+
+
 def same(found: Merged, expected: Merged, tolerance=1e-5):
     for name in ("kept", "gone", "slot", "size"):
         assert getattr(found, name).equal(getattr(expected, name)), name
@@ -36,17 +41,19 @@ def poison(monkeypatch):
 @settings(deadline=None, max_examples=80)
 @given(
     st.integers(1, 3), st.integers(2, 150), st.integers(1, 40), st.integers(1, 40), st.floats(0, 1),
-    st.booleans(), st.sampled_from([0.0, 0.5, 0.8]), st.integers(0, 3), st.integers(0, 999),
+    st.booleans(), st.sampled_from([0.0, 0.5, 0.8]), st.booleans(), st.integers(0, 3), st.integers(0, 999),
 )  # fmt: skip
-def test_odd_sizes(batch, tokens, width, depth, share, euclidean, ward, first, seed):
+def test_odd_sizes(batch, tokens, width, depth, share, euclidean, ward, priced, first, seed):
     x, metric, size = drawn(batch, tokens, width, depth + 1, seed)
     fixed = torch.arange(tokens)[None] < first
     r = int(share * max(0, (tokens - first) // 2))
-    found = on_cpu(x, metric, size, fixed, None, None, r, euclidean, ward)
+    price = prices(batch, tokens) if priced else torch.ones(batch, tokens)
+    found = on_cpu(x, metric, size, fixed, None, None, r, euclidean, ward, price if priced else None)
     cost = costs(
         metric[:, ::2].double(), metric[:, 1::2].double(), size[:, ::2], size[:, 1::2],
         "euclidean" if euclidean else "cosine", ward,
-    ).masked_fill(fixed[:, None, 1::2], torch.inf)  # fmt: skip
+    ) * price[:, ::2, None] * price[:, None, 1::2]  # fmt: skip
+    cost = cost.masked_fill(fixed[:, None, 1::2], torch.inf)
     best = cost.min(-1).values.masked_fill(fixed[:, ::2], torch.inf)
     target = found.kept.gather(1, found.slot.gather(1, found.gone))
     assert not (found.gone % 2).any() and (target % 2).all() and (~fixed.expand(batch, -1)).gather(1, found.gone).all()
@@ -59,13 +66,14 @@ def test_odd_sizes(batch, tokens, width, depth, share, euclidean, ward, first, s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("euclidean", [False, True])
-def test_padding_goes_where_a_row_merges_less(dtype, euclidean, poison):
+@pytest.mark.parametrize("priced", [False, True])
+def test_padding_goes_where_a_row_merges_less(dtype, euclidean, priced, poison):
     x, metric, size = drawn(3, 40, 24, 24, 1, dtype)
     alive = torch.arange(40)[None] < torch.tensor([40, 25, 6])[:, None]
     x[~alive] = torch.nan
     metric[~alive], size = 0, size * alive
     fixed, rows = ~alive | (torch.arange(40) == 0)[None], torch.tensor([15, 8, 0])
-    arguments = x, metric, size, fixed, alive, rows, 15, euclidean, 0.5
+    arguments = x, metric, size, fixed, alive, rows, 15, euclidean, 0.5, prices(3, 40) if priced else None
     found, expected = on_cpu(*arguments), reference(*arguments)
     assert found.kept.equal(expected.kept) and found.gone.equal(expected.gone)
     assert found.slot[alive].equal(expected.slot[alive])
@@ -100,9 +108,10 @@ def test_threads_change_nothing():
 
 def test_the_operator_is_whole():
     x, metric, size = drawn(2, 17, 8, 8, 4)
-    arguments = x, metric, size, torch.zeros(1, 17, dtype=torch.bool), None, None, 5, False, 0.5
+    arguments = x, metric, size, torch.zeros(1, 17, dtype=torch.bool), None, None, 5, False, 0.5, prices(2, 17)
     with torch.no_grad():
         torch.library.opcheck(torch.ops.compress.token_merge.default, arguments)
+        torch.library.opcheck(torch.ops.compress.token_merge.default, arguments[:-1])
         compiled = torch.compile(token_merge, fullgraph=True, backend="eager")
         same(compiled(*arguments), token_merge(*arguments), 0)
     trained = x.clone().requires_grad_()

@@ -106,7 +106,8 @@ def test_weight_only_linear_in_half_precision(kernel):
 @pytest.mark.parametrize(("batch", "tokens", "width", "depth"), [(2, 33, 20, 20), (1, 2, 3, 5), (3, 70, 33, 64)])
 @pytest.mark.parametrize("euclidean", [False, True])
 @pytest.mark.parametrize("ward", [0.0, 0.5])
-def test_token_merge_finds_the_same_pairs(kernel, monkeypatch, batch, tokens, width, depth, euclidean, ward):
+@pytest.mark.parametrize("priced", [False, True])
+def test_token_merge_finds_the_same_pairs(kernel, monkeypatch, batch, tokens, width, depth, euclidean, ward, priced):
     triton, meaning = kernel("token_merge"), importlib.import_module("compress_kernels.token_merge.reference")
     size = torch.randint(1, 5, (batch, tokens), generator=torch.Generator().manual_seed(3)).float()
     alive = torch.arange(tokens)[None] < torch.arange(tokens, tokens - batch, -1)[:, None]
@@ -125,6 +126,7 @@ def test_token_merge_finds_the_same_pairs(kernel, monkeypatch, batch, tokens, wi
             r,
             euclidean,
             ward,
+            torch.rand(batch, tokens, generator=torch.Generator().manual_seed(5)) + 0.5 if priced else None,
         )
         expected = meaning.reference(*arguments)
         with monkeypatch.context() as patch:

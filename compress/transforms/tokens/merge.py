@@ -21,10 +21,11 @@ with `importance: auto` .029.
 Importance and other matchings bring little and not the same everywhere. At 59 % of the FLOPs with an equal count in
 every block, mean KL of a CIFAR-10 classifier (400 images) and of DINOv2-S (96 photos): .058 and .128 by every second
 token; with importance `class` .058 and .111, `received` .055 and .121, `values` .060 and .111; by criteria .056 and
-.124, with `received` .076 and .167; by sizes .070 and .122; the paper's keys .078 and .176. Only the plain matching of
-every second token has a kernel: by values MiniLM takes .98 of the time at batch 1, without .82. More comes from
-heads.exact in front, where only the class token is read: the classifier, its schedule searched for, at 75 % of the
-FLOPs .0054 (the paper's .0154), at 60 % .032 (at 57 % .115), accuracy .798 and .795 of .808 (.795 and .760).
+.124, with `received` .076 and .167; by sizes .070 and .122; the paper's keys .078 and .176. Only the matching of every
+second token has a kernel, and importance costs time: MiniLM merging .16 in each block takes .91 of the original's by
+values and .82 without at batch 1, .61 either way at 32. More comes from heads.exact in front, where only the class
+token is read: the classifier, its schedule searched for, at 75 % of the FLOPs .0054 (the paper's .0154), at 60 % .032
+(at 57 % .115), accuracy .798 and .795 of .808 (.795 and .760).
 
 When it hurts: short inputs and batch size 1, where matching costs more than the tokens it saves; dense prediction,
 which loses detail; small models. A count takes most of a short text: give a ratio where lengths differ. Log sizes go as

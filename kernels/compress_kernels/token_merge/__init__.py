@@ -21,7 +21,7 @@ from compress_kernels.token_merge.source import SOURCE
 NAME = "compress::token_merge"
 SCHEMA = (
     "(Tensor x, Tensor metric, Tensor size, Tensor fixed, Tensor? alive, Tensor? rows, int r, bool euclidean, "
-    "float ward) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "float ward, Tensor? price=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 CODE = SHARED + PRODUCTS + SOURCE
 FLOATS = (torch.float32, torch.bfloat16)
@@ -36,19 +36,21 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "tokens", "width", "depth", "r")),
         ("euclidean", ctypes.c_int32),
         ("ward", ctypes.c_float),
+        ("price", ctypes.c_void_p),
     ]
 
 
 def token_merge(
     x: Tensor, metric: Tensor, size: Tensor, fixed: Tensor, alive: Tensor | None, rows: Tensor | None, r: int,
-    euclidean: bool, ward: float,
+    euclidean: bool, ward: float, price: Tensor | None = None,
 ) -> Merged:  # fmt: skip
     """Merge r of the tokens x (B,n,D) into others by the likeness of `metric` (B,n,K): see `Merged`.
 
     `size` (B,n, float32) is how many each token stands for, `fixed` (1 or B,n) which take no part. Where there is
     padding, `alive` (B,n) says which tokens are none and `rows` (B) how many go of each row; the rest of r is padding.
+    The cost of a pair is multiplied by the `price` (B,n) of both.
     """
-    arguments = x, metric, size, fixed, alive, rows, r, euclidean, ward
+    arguments = x, metric, size, fixed, alive, rows, r, euclidean, ward, price
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, metric)):
         return reference(*arguments)
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
@@ -56,8 +58,8 @@ def token_merge(
     return Merged(*_forward(*arguments))
 
 
-def _forward(x, metric, size, fixed, alive, rows, r, euclidean, ward) -> tuple[Tensor, ...]:
-    arguments = x, metric, size, fixed, alive, rows, r, euclidean, ward
+def _forward(x, metric, size, fixed, alive, rows, r, euclidean, ward, price=None) -> tuple[Tensor, ...]:
+    arguments = x, metric, size, fixed, alive, rows, r, euclidean, ward, price
     known = x.dtype in FLOATS and metric.dtype in FLOATS and x.shape[1] > 1
     if known and x.is_cuda:
         return tuple(on_gpu()(*arguments))
@@ -88,12 +90,13 @@ def accelerated() -> bool:
 
 def on_cpu(
     x: Tensor, metric: Tensor, size: Tensor, fixed: Tensor, alive: Tensor | None, rows: Tensor | None, r: int,
-    euclidean: bool, ward: float,
+    euclidean: bool, ward: float, price: Tensor | None = None,
 ) -> Merged:  # fmt: skip
     """By the C kernel: a block of likenesses at a time, which stays in the cache."""
     (batch, tokens, width), depth = x.shape, metric.shape[2]
     x, metric, size, fixed = x.contiguous(), metric.contiguous(), size.float().contiguous(), fixed.contiguous()
     alive, rows = (None if tensor is None else tensor.contiguous() for tensor in (alive, rows))
+    price = None if price is None else price.float().contiguous()
     found = Merged(
         x.new_empty(batch, tokens - r, width), size.new_empty(batch, tokens - r),
         *(torch.empty(batch, count, dtype=torch.int64) for count in (tokens - r, r, tokens)),
@@ -103,14 +106,14 @@ def on_cpu(
         found.x.data_ptr(), size.data_ptr(), found.size.data_ptr(),
         *(tensor.data_ptr() for tensor in (found.kept, found.gone, found.slot, fixed)),
         tokens if len(fixed) > 1 else 0, *(0 if tensor is None else tensor.data_ptr() for tensor in (alive, rows)),
-        batch, tokens, width, depth, r, euclidean, ward,
+        batch, tokens, width, depth, r, euclidean, ward, None if price is None else price.data_ptr(),
     )  # fmt: skip
     if build(CODE).token_merge(ctypes.byref(call)):
         raise MemoryError("token_merge found no memory for its scratch space")
     return found
 
 
-def _like(x, metric, size, fixed, alive, rows, r, euclidean, ward) -> tuple[Tensor, ...]:
+def _like(x, metric, size, fixed, alive, rows, r, euclidean, ward, price=None) -> tuple[Tensor, ...]:
     batch, tokens, width = x.shape
     indices = (x.new_empty(batch, count, dtype=torch.int64) for count in (tokens - r, r, tokens))
     return x.new_empty(batch, tokens - r, width), size.new_empty(batch, tokens - r), *indices

@@ -37,23 +37,27 @@ class Matching:
 
 def reference(
     x: Tensor, metric: Tensor, size: Tensor, fixed: Tensor, alive: Tensor | None, rows: Tensor | None, r: int,
-    euclidean: bool, ward: float,
+    euclidean: bool, ward: float, price: Tensor | None = None,
 ) -> Merged:  # fmt: skip
     """Match and merge."""
     metric, fixed = metric.to(wide(metric.dtype)), fixed.expand(metric.shape[:2])
     cost = partial(costs, similarity="euclidean" if euclidean else "cosine", power=ward)
-    gone, target = bipartite(metric, r, fixed, size, cost)
+    gone, target = bipartite(metric, r, fixed, size, cost, price)
     if alive is not None:
         gone, target = from_padding(gone, target, alive, rows)
     matching = arranged(gone, target, x.shape[1])
     return Merged(*merge(x, matching, size), matching.kept, matching.gone, matching.slot)
 
 
-def bipartite(metric: Tensor, r: int, fixed: Tensor, size: Tensor | None, cost: Callable) -> tuple[Tensor, Tensor]:
+def bipartite(
+    metric: Tensor, r: int, fixed: Tensor, size: Tensor | None, cost: Callable, price: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Every second token proposes one of the others (ToMe): who goes, the cheapest first, and where to."""
     sizes = (None, None) if size is None else (size[:, ::2], size[:, 1::2])
-    found = cost(metric[:, ::2], metric[:, 1::2], *sizes).masked_fill(fixed[:, None, 1::2], torch.inf)
-    best, target = found.min(-1)
+    found = cost(metric[:, ::2], metric[:, 1::2], *sizes)
+    if price is not None:
+        found = found * (price[:, ::2, None] * price[:, None, 1::2])
+    best, target = found.masked_fill(fixed[:, None, 1::2], torch.inf).min(-1)
     best = best.masked_fill(fixed[:, ::2], torch.inf)
     chosen = best.argsort(dim=-1, stable=True)[:, :r]
     return chosen * 2, target.gather(1, chosen) * 2 + 1

@@ -16,6 +16,7 @@ typedef struct {
     const int64_t *rows;            /* [batch]: how many of each row go, where there is padding; or nothing */
     int64_t batch, tokens, width, depth, r;
     int32_t euclidean; float ward;
+    const float *price;             /* [batch, tokens]: the cost of a pair is multiplied by both; or nothing */
 } Call;
 
 typedef struct { float cost; int32_t at, target; } Proposal;
@@ -65,10 +66,12 @@ INLINE __m512 weights(const Call *call, __m512 one, __m512 other) {
 }
 
 /* The right tokens beside their metric; beyond the last, and where they take no part, the bar is infinite. */
-typedef struct { float *length, *size, *bar; } Right;
+typedef struct { float *length, *size, *bar, *price; } Right;
 
 /* The cheapest partner of one left token, the first of equal ones. */
-static Proposal propose(const Call *call, int64_t at, const float *dots, float length, float size, Right right) {
+static Proposal propose(
+    const Call *call, int64_t at, const float *dots, float length, float size, float price, Right right
+) {
     __m512 best = _mm512_set1_ps(INFINITY), own = _mm512_set1_ps(size > 1 ? size : 1);
     __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), target = index;
     for (int64_t j = 0; j < call->tokens / 2; j += 16) {
@@ -78,6 +81,8 @@ static Proposal propose(const Call *call, int64_t at, const float *dots, float l
             cost = _mm512_fnmadd_ps(_mm512_set1_ps(2), dot, both);
         }
         if (call->ward != 0) cost = _mm512_mul_ps(cost, weights(call, own, _mm512_loadu_ps(right.size + j)));
+        if (call->price)
+            cost = _mm512_mul_ps(cost, _mm512_mul_ps(_mm512_set1_ps(price), _mm512_loadu_ps(right.price + j)));
         cost = _mm512_add_ps(cost, _mm512_loadu_ps(right.bar + j));
         __mmask16 less = _mm512_cmp_ps_mask(cost, best, _CMP_LT_OQ);
         best = _mm512_mask_mov_ps(best, less, cost);
@@ -93,13 +98,15 @@ static Proposal propose(const Call *call, int64_t at, const float *dots, float l
 static void matched(const Call *call, int64_t b, float *scratch, Proposal *found) {
     int64_t count = call->tokens / 2, lefts = call->tokens - count, depth = call->depth, padded = up(count, PANEL);
     float *panels = scratch, *rows = panels + padded * depth, *dots = rows + (count > BLOCK ? count : BLOCK) * depth;
-    Right right = { dots + BLOCK * padded, dots + (BLOCK + 1) * padded, dots + (BLOCK + 2) * padded };
+    float *beside = dots + BLOCK * padded;
+    Right right = { beside, beside + padded, beside + 2 * padded, beside + 3 * padded };
     const uint8_t *fixed = call->fixed + b * call->fixed_row;
-    const float *size = call->size + b * call->tokens;
+    const float *size = call->size + b * call->tokens, *price = call->price ? call->price + b * call->tokens : 0;
     for (int64_t j = 0; j < padded; j++) {
         int here = j < count;
         right.length[j] = here ? unit(call, b, 2 * j + 1, rows + j * depth) : 0;
         right.size[j] = here && size[2 * j + 1] > 1 ? size[2 * j + 1] : 1;
+        right.price[j] = here && price ? price[2 * j + 1] : 1;
         right.bar[j] = here && !fixed[2 * j + 1] ? 0 : INFINITY;
     }
     pack(rows, count, depth, panels);
@@ -110,7 +117,8 @@ static void matched(const Call *call, int64_t b, float *scratch, Proposal *found
         for (int64_t j = 0; j < padded; j += PANEL)
             product(rows, depth, panels + j * depth, PANEL, dots + j, padded, own, depth, 1, 4, 0, 0);
         for (int64_t k = 0; k < own; k++) {
-            found[i + k] = propose(call, i + k, dots + k * padded, length[k], size[2 * (i + k)], right);
+            float own_price = price ? price[2 * (i + k)] : 1;
+            found[i + k] = propose(call, i + k, dots + k * padded, length[k], size[2 * (i + k)], own_price, right);
             if (fixed[2 * (i + k)]) found[i + k].cost = INFINITY;
         }
     }
@@ -176,7 +184,7 @@ static void means(const Call *call, int64_t b, float *sums, int32_t *place) {
 
 static int row(const Call *call, int64_t b) {
     int64_t count = call->tokens / 2, lefts = call->tokens - count, padded = up(count, PANEL);
-    int64_t floats = (padded + (count > BLOCK ? count : BLOCK)) * call->depth + (BLOCK + 3) * padded;
+    int64_t floats = (padded + (count > BLOCK ? count : BLOCK)) * call->depth + (BLOCK + 4) * padded;
     int64_t sums = call->r * call->width;
     floats = floats > sums ? floats : sums; /* matching is over when means are made */
     char *memory = aligned_alloc(64, up(floats * 4 + lefts * sizeof(Proposal) + call->tokens * 5 + 256, 64));

@@ -18,11 +18,11 @@ from compress_kernels.token_merge.reference import Merged, arranged, from_paddin
 
 def merge(
     x_BND: Tensor, metric_BNK: Tensor, size_BN: Tensor, fixed: Tensor, alive: Tensor | None, rows: Tensor | None,
-    r: int, euclidean: bool, ward: float,
+    r: int, euclidean: bool, ward: float, price: Tensor | None = None,
 ) -> Merged:  # fmt: skip
     """As `reference` does it."""
     metric_BNK = metric_BNK.float()
-    cost_BL, target_BL = propose(metric_BNK, size_BN.float(), fixed.expand(size_BN.shape), euclidean, ward)
+    cost_BL, target_BL = propose(metric_BNK, size_BN.float(), fixed.expand(size_BN.shape), euclidean, ward, price)
     chosen = cost_BL.argsort(dim=-1, stable=True)[:, :r]
     gone, target = chosen * 2, target_BL.gather(1, chosen) * 2 + 1
     if alive is not None:
@@ -32,7 +32,7 @@ def merge(
 
 
 def propose(
-    metric_BNK: Tensor, size_BN: Tensor, fixed_BN: Tensor, euclidean: bool, ward: float
+    metric_BNK: Tensor, size_BN: Tensor, fixed_BN: Tensor, euclidean: bool, ward: float, price_BN: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The cost of the cheapest partner of every left token, and which right token that is."""
     batch, tokens, depth = metric_BNK.shape
@@ -41,17 +41,18 @@ def propose(
     cost = unit.new_empty(batch, lefts)
     target = unit.new_empty(batch, lefts, dtype=torch.int64)
     size, fixed = size_BN.contiguous(), fixed_BN.to(torch.int8).contiguous()
+    price = size if price_BN is None else price_BN.float().contiguous()
     propose_kernel[(batch, triton.cdiv(lefts, 32))](
-        unit, size, fixed, cost, target, tokens, depth, ward, EUCLIDEAN=euclidean, WARD=ward != 0,
-        BLOCK_L=32, BLOCK_R=32, BLOCK_K=32,
+        unit, size, price, fixed, cost, target, tokens, depth, ward, EUCLIDEAN=euclidean, WARD=ward != 0,
+        PRICE=price_BN is not None, BLOCK_L=32, BLOCK_R=32, BLOCK_K=32,
     )  # fmt: skip
     return cost, target
 
 
 @triton.jit
 def propose_kernel(
-    metric, size, fixed, cost, target, tokens, depth, ward, EUCLIDEAN: tl.constexpr, WARD: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    metric, size, price, fixed, cost, target, tokens, depth, ward, EUCLIDEAN: tl.constexpr, WARD: tl.constexpr,
+    PRICE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A block of left tokens against all right ones."""
     batch, lefts, rights = tl.program_id(0).to(tl.int64), tokens - tokens // 2, tokens // 2
@@ -82,6 +83,10 @@ def propose_kernel(
             size_R = tl.maximum(tl.load(size + batch * tokens + 2 * right + 1, mask=right < rights, other=1.0), 1.0)
             pair = 2 * size_L[:, None] * size_R[None] / (size_L[:, None] + size_R[None])
             costs = costs * tl.exp2(ward * tl.log2(pair))
+        if PRICE:
+            price_L = tl.load(price + batch * tokens + 2 * left, mask=left < lefts, other=1.0)
+            price_R = tl.load(price + batch * tokens + 2 * right + 1, mask=right < rights, other=1.0)
+            costs = costs * (price_L[:, None] * price_R[None])
         barred = tl.load(fixed + batch * tokens + 2 * right + 1, mask=right < rights, other=1) != 0
         costs = tl.where(barred[None], float("inf"), costs)
         low, low_at = tl.min(costs, 1), tl.argmin(costs, 1).to(tl.int64) + start
