@@ -97,11 +97,22 @@ def test_contenders_for_heads_remove_as_many(name):
     from compress.outputs import run
     from compress.view import View
 
-    for prune in CONTENDERS.values():
+    for label, prune in CONTENDERS.items():
         model, batch = MODELS[name]()
+        if label.startswith("Torch-Pruning"):  # a peer, which takes query heads where others take groups
+            continue
         total = prune(model, 1, [batch])
         assert sum(at.kv_heads for at in View(model).attentions()) == total - 1
         assert run(model, batch).isfinite().all()
+
+
+def test_torch_pruning_is_left_out_where_it_is_not_installed(monkeypatch, capsys):
+    from benches.heads import torch_pruning
+
+    monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
+    model, batch = MODELS["llama"]()
+    assert torch_pruning(model, 1, [batch]) is None
+    assert "pip install --no-deps torch-pruning" in capsys.readouterr().out
 
 
 def test_flap_puts_the_mean_of_what_goes_into_the_bias():
