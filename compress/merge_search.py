@@ -16,6 +16,7 @@ from compress.errors import CompressError
 from compress.flops import count
 from compress.nn.token_match import Rule
 from compress.probing import Answers
+from compress.quick import quick_products
 from compress.transform import Plan
 from compress.view import View
 
@@ -25,6 +26,7 @@ AS_WELL = ("received",)  # without a class token
 SLOPES = (-1.0, 0.0, 1.0, 2.0)  # powers of the distance from the first merging block
 MOST = 0.5  # of a block's tokens
 HALVINGS = 8  # of the span in which the strength of a schedule lies
+SEARCH = 2**14  # tokens, of images 64 each counts as 256
 STEP = 1.6  # by which one block's share is raised and lowered
 
 
@@ -39,6 +41,7 @@ class Trial:
     whole: int  # operations of the original on that row
 
     @classmethod
+    @quick_products()
     def of(cls, view: View, edits: dict[str, dict], batches: list[dict], apply: Callable[[View, Plan], None]) -> Trial:
         tensors = [*view.model.parameters(), *view.model.buffers()]
         model = copy.deepcopy(view.model, {id(tensor): tensor for tensor in tensors})
@@ -46,13 +49,10 @@ class Trial:
         row = {name: value[:1] for name, value in batches[0].items()}
         return cls(model, list(edits), Answers.of(view.model, batches), row, count(view.model, row))
 
+    @quick_products()
     def error(self, edits: dict[str, dict]) -> float:
-        """How far the answers are off under these rules: their divergence, or how embeddings turned.
-
-        Single features of merged tokens differ much and mean little.
-        """
-        model = self.following(edits)
-        return self.answers.distance(model) if self.answers.logits else self.answers.turn(model)
+        """How far the answers are off under these rules."""
+        return self.answers.off(self.following(edits))
 
     def share(self, edits: dict[str, dict]) -> float:
         """The part of the operations that is left under these rules."""

@@ -67,6 +67,13 @@ class Answers:
             raise CompressError("the model's answers to the calibration data are not finite; they must be")
         return found / len(self.batches)
 
+    def off(self, model: nn.Module) -> float:
+        """How far a model with fewer tokens is off: the divergence of its predictions, or how embeddings turned.
+
+        Single features of merged tokens differ much and mean little.
+        """
+        return self.distance(model) if self.logits else self.turn(model)
+
     @torch.no_grad()
     def turn(self, model: nn.Module) -> float:
         """Mean of 1 - cosine between the pooled features and the original's."""

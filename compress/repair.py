@@ -33,11 +33,12 @@ class Moments:
     xy: list[Tensor] = field(default_factory=list)  # [in + 1, out]
     yy: list[Tensor] = field(default_factory=list)
 
-    def add(self, x: Tensor, y: Tensor, held: Tensor) -> None:
-        """Count some rows."""
+    def add(self, x: Tensor, y: Tensor, held: Tensor, times: Tensor | None = None) -> None:
+        """Count some rows, each so many `times` (rows, 1)."""
         x = torch.cat((x, x.new_ones(len(x), 1)), 1)
         length = y.norm(dim=1, keepdim=True)
         weight = (LONGEST * length.median() / length.clamp_min(1e-30)).clamp(max=1)
+        weight = weight if times is None else weight * times.sqrt()
         x, y = x * weight, y * weight
         found = [((x[own].T @ x[own]), (x[own].T @ y[own]), y[own].square().sum()) for own in (~held, held)]
         for sums, news in zip((self.xx, self.xy, self.yy), zip(*found, strict=True), strict=True):

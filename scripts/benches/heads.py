@@ -185,7 +185,7 @@ def torch_pruning(model: nn.Module, removed: int, seen: list[dict]) -> int | Non
         heads |= {view.module(at.q): at.heads, view.module(at.k): at.kv_heads, view.module(at.v): at.kv_heads}
     between = {view.module(path) for at in attentions for path in (at.q, at.k, at.v, at.o)}
     others = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in between]
-    example = {key: value[:1] for key, value in inputs(seen[0]).items()}
+    example = {key: value[:1, :16] if value.dim() == 2 else value[:1] for key, value in inputs(seen[0]).items()}
     model.requires_grad_(True)
     pruner = tp.pruner.BasePruner(
         model, example, tp.importance.GroupTaylorImportance(), global_pruning=True, pruning_ratio=removed / total,

@@ -245,7 +245,7 @@ def test_shares_and_counts_may_differ_by_block():
 @pytest.mark.parametrize("name", ["vit", "bert", "dinov2"])
 def test_the_search_keeps_to_its_budget_and_beats_an_even_schedule(name):
     model, batch = models.MODELS[name]()
-    view, method = View(model), Merge(flops=0.85)
+    view, method = View(model), Merge(flops=0.85, repair=False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plan = method.calibrate(view, method.plan(view), [batch])
     assert model.state_dict().keys() == before.keys() and not any(hasattr(m, "merge") for m in model.modules())

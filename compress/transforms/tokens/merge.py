@@ -87,13 +87,15 @@ class Merge(Transform):
         "class token's attention times the length of their values; auto: what changes answers to data least, or none",
     )
 
+    repair: bool = Field(True, description="refit the MLPs to what the unmerged tokens were, where there is data")
+
     @property
     def needs_data(self) -> bool:
         return self.flops is not None
 
     @property
     def uses_data(self) -> bool:
-        return self.needs_data or "auto" in (self.metric, self.importance)
+        return self.needs_data or self.repair or "auto" in (self.metric, self.importance)
 
     def plan(self, view: View) -> Plan:
         given = [name for name in ("ratio", "r", "flops") if name in self.model_fields_set]
@@ -121,12 +123,15 @@ class Merge(Transform):
         return Plan(edits, notes={"refused": refused})
 
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
-        from compress.merge_search import Trial, choose_importance, choose_metric, choose_ratios, within
+        from compress.merge_search import SEARCH, Trial, choose_importance, choose_metric, choose_ratios, within
+        from compress.scoring import some
         from compress.token_pictures import pictures
+        from compress.token_repair import repair_tokens
 
         if not plan.edits:
             return plan
-        trial = Trial.of(view, plan.edits, batches, self.apply)
+        few = some(batches, SEARCH)
+        trial = Trial.of(view, plan.edits, few, self.apply)
         edits, notes = plan.edits, {}
         if self.flops is not None:
             edits = within(trial, edits, self.flops)
@@ -135,10 +140,13 @@ class Merge(Transform):
         if self.flops is not None:
             edits, notes["schedules"] = choose_ratios(trial, edits, self.flops)
         if self.importance == "auto":
-            edits, notes["importance"] = choose_importance(view, edits, batches, self.apply)
-            trial = Trial.of(view, edits, batches, self.apply)
+            edits, notes["importance"] = choose_importance(view, edits, few, self.apply)
+            trial = Trial.of(view, edits, few, self.apply)
             if self.flops is not None:  # scoring takes some of the operations
                 edits, notes["schedules"] = choose_ratios(trial, edits, self.flops)
+        if self.repair:
+            first = max(edit["rule"]["first"] for edit in edits.values())
+            notes["remarks"] = [repair_tokens(view, trial.following(edits), batches, first)]
         patches = [grid(view, block) for block in view.blocks() if block.path in edits]
         if "pixel_values" in batches[0] and isinstance(patches[-1], int):
             notes["pictures"] = pictures(trial.following(edits), edits, batches[0], patches[-1])
