@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 from torch import nn
 
 from compress.errors import CompressError
 from compress.flops import count
 from compress.nn.token_match import Rule
+from compress.outputs import run
 from compress.probing import Answers
 from compress.quick import quick_products
 from compress.transform import Plan
@@ -27,6 +30,8 @@ SLOPES = (-1.0, 0.0, 1.0, 2.0)  # powers of the distance from the first merging 
 MOST = 0.5  # of a block's tokens
 HALVINGS = 8  # of the span in which the strength of a schedule lies
 SEARCH = 2**14  # tokens, of images 64 each counts as 256
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the operations, at which a budget of time looks
+ROUNDS, SECONDS = 7, 1.0  # of that
 STEP = 1.6  # by which one block's share is raised and lowered
 
 
@@ -63,6 +68,33 @@ class Trial:
         for path in self.paths:
             self.model.get_submodule(path).merge.rule = Rule(**edits[path]["rule"])
         return self.model
+
+
+def share_within(trial: Trial, original: nn.Module, edits: dict[str, dict], budget: float, batch: dict) -> float:
+    """The part of the operations that can stay where this part of the time may, by the times of plain schedules."""
+    from compress_kernels.timing import paired
+
+    plans, short = {}, None
+    for share in SHARES:
+        try:
+            plans[share] = within(trial, edits, share)
+        except CompressError as error:
+            short = error
+    if not plans:
+        raise short
+    calls = {share: partial(timed, trial, plan, batch) for share, plan in plans.items()}
+    times = paired({1.0: partial(run, original, batch)} | calls, rounds=ROUNDS, seconds=SECONDS)
+    points = [(share, seconds / times[1.0]) for share, seconds in times.items() if share < 1]
+    for (more, slow), (less, fast) in pairwise([(1.0, max(1.0, points[0][1])), *points]):
+        if fast <= budget:
+            return less + (more - less) * min(1.0, max(0.0, (budget - fast) / max(slow - fast, 1e-9)))
+    least = min(ratio for _, ratio in points)
+    raise CompressError(f"tokens.merge: latency is {budget:.3g}, it must be at least {least:.3g} for this model here")
+
+
+def timed(trial: Trial, edits: dict[str, dict], batch: dict) -> None:
+    """One forward with these rules."""
+    run(trial.following(edits), batch)
 
 
 def choose_metric(trial: Trial, edits: dict[str, dict]) -> tuple[dict[str, dict], dict[str, float]]:

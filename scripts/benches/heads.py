@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from benches.paired import Missing
+from benches.paired import Missing, paired
 from benches.piqa import piqa
 from benches.tables import ROOT, fill
 from torch import Tensor, nn
@@ -48,13 +48,53 @@ SUBJECTS = {
 
 
 def main(names: list[str]) -> int:
-    """Measure these models, or all; `model:removed` measures one count of heads."""
+    """Measure these models, or all; `model:removed` measures one count of heads, `model:times` the time they save."""
     jobs = {}
-    for name in names or SUBJECTS:
-        model, _, removed = name.partition(":")
+    for name in names or [*SUBJECTS, *(f"{model}:times" for model in SUBJECTS)]:
+        model, _, what = name.partition(":")
         subject = SUBJECTS[model]
-        jobs[name] = partial(measured, replace(subject, removed=(int(removed),)) if removed else subject)
+        jobs[name] = partial(measured, replace(subject, removed=(int(what),)) if what.isdigit() else subject)
+        if what == "times":
+            jobs[name] = partial(timed, subject)
     return fill(TABLE, HEAD, jobs)
+
+
+@torch.no_grad()
+def timed(subject: Subject) -> Iterator[list[list[str]]]:
+    """A quarter and half of the heads less, by their weights: operations and processor time against the original's."""
+    from compress.flops import count
+    from compress.source import open_source
+    from compress.transforms.heads.prune import Prune
+    from compress.view import View
+
+    model = open_source(str(ROOT / "models" / subject.model), dtype="float32").model
+    for keep in (0.75, 0.5):
+        view, method = View(deepcopy(model)), Prune(keep=keep, score="magnitude", repair=False)
+        method.apply(view, method.plan(view))
+        for label, batch in sizes(model).items():
+            share = count(view.model, batch) / count(model, batch)
+            times = paired({"original": partial(model, **batch), "pruned": partial(view.model, **batch)}, 15, 6.0)
+            ratio, removed = times["pruned"].ratio, f"{1 - keep:.0%} of the heads"
+            told = {"operations": share, "time": ratio, "time saved by operations saved": (1 - ratio) / (1 - share)}
+            yield [
+                [subject.model, removed, "magnitude", f"{kind}, {label}", "1", f"{value:.3f}", ""]
+                for kind, value in told.items()
+            ]
+
+
+def sizes(model: nn.Module) -> dict[str, dict]:
+    """Batches of 1 and 32, and of a decoder a long context."""
+    from compress.example import example
+
+    one = {key: value[:1] for key, value in example(model).items()}
+    if "input_ids" not in one:
+        pixels = one["pixel_values"][..., :224, :224]  # as processors cut them
+        return {f"batch {number}": {"pixel_values": pixels.expand(number, -1, -1, -1)} for number in (1, 32)}
+    chance, words = torch.Generator().manual_seed(0), model.config.vocab_size
+    shapes = {"batch 1": (1, 128), "batch 32": (32, 128)}
+    if getattr(model, "can_generate", lambda: False)():
+        shapes = {"batch 1": (1, 512), "batch 8": (8, 512), "batch 1, 4096 tokens": (1, 4096)}
+    return {label: {"input_ids": torch.randint(words, shape, generator=chance)} for label, shape in shapes.items()}
 
 
 def measured(subject: Subject) -> Iterator[list[list[str]]]:

@@ -260,6 +260,29 @@ def test_the_search_keeps_to_its_budget_and_beats_an_even_schedule(name):
     assert answers(model, batch).isfinite().all()
 
 
+def test_a_budget_of_time_is_one_of_operations_by_measured_times(monkeypatch):
+    """Times are a fifth fixed and the rest by operations, here."""
+    asked = []
+
+    def paired(calls, **options):
+        for call in calls.values():
+            call()
+        asked.extend(calls)
+        return {share: 3 * (0.2 + 0.8 * share) for share in calls}
+
+    monkeypatch.setattr("compress_kernels.timing.paired", paired)
+    model, batch = models.MODELS["vit"]()
+    view, method = View(model), Merge(latency=0.95, repair=False)
+    assert method.needs_data
+    plan = method.calibrate(view, method.plan(view), [batch])
+    assert plan.notes["operations"] == pytest.approx(0.9375) and asked[:2] == [1.0, 0.9]
+    assert Trial.of(view, plan.edits, [batch], method.apply).share(plan.edits) <= 0.9375
+    with pytest.raises(CompressError, match=r"latency is 0.1, it must be at least 0.\d+ for this model here"):
+        Merge(latency=0.1).calibrate(view, method.plan(view), [batch])
+    with pytest.raises(CompressError, match="flops and latency are both given"):
+        Merge(latency=0.1, flops=0.5).plan(view)
+
+
 def test_a_budget_that_merging_cannot_reach_is_refused():
     model, batch = models.MODELS["vit"]()
     view, method = View(model), Merge(flops=0.05)

@@ -67,6 +67,9 @@ class Merge(Transform):
     flops: float | None = Field(
         None, gt=0, lt=1, description="part of the operations to keep: the shares are then searched for on the data"
     )
+    latency: float | None = Field(
+        None, gt=0, lt=1, description="the same by time: part of it to keep, measured on the first calibration batch"
+    )
     protect: int | None = Field(None, ge=0, description="leading tokens left alone; the special tokens if not given")
     proportional: bool = Field(True, description="let a merged token weigh as many as it stands for")
     metric: Literal["auto", "features", "keys", "both"] = Field(
@@ -91,14 +94,14 @@ class Merge(Transform):
 
     @property
     def needs_data(self) -> bool:
-        return self.flops is not None
+        return self.flops is not None or self.latency is not None
 
     @property
     def uses_data(self) -> bool:
         return self.needs_data or self.repair or "auto" in (self.metric, self.importance)
 
     def plan(self, view: View) -> Plan:
-        given = [name for name in ("ratio", "r", "flops") if name in self.model_fields_set]
+        given = [name for name in ("ratio", "r", "flops", "latency") if name in self.model_fields_set]
         if len(given) > 1:
             raise CompressError(f"tokens.merge: {' and '.join(given)} are both given, it must be one of them")
         if self.r == 0:
@@ -123,7 +126,15 @@ class Merge(Transform):
         return Plan(edits, notes={"refused": refused})
 
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
-        from compress.merge_search import SEARCH, Trial, choose_importance, choose_metric, choose_ratios, within
+        from compress.merge_search import (
+            SEARCH,
+            Trial,
+            choose_importance,
+            choose_metric,
+            choose_ratios,
+            share_within,
+            within,
+        )
         from compress.scoring import some
         from compress.token_pictures import pictures
         from compress.token_repair import repair_tokens
@@ -132,18 +143,20 @@ class Merge(Transform):
             return plan
         few = some(batches, SEARCH)
         trial = Trial.of(view, plan.edits, few, self.apply)
-        edits, notes = plan.edits, {}
-        if self.flops is not None:
-            edits = within(trial, edits, self.flops)
+        edits, notes, budget = plan.edits, {}, self.flops
+        if self.latency is not None:
+            budget = notes["operations"] = share_within(trial, view.model, edits, self.latency, batches[0])
+        if budget is not None:
+            edits = within(trial, edits, budget)
         if self.metric == "auto":
             edits, notes["metric"] = choose_metric(trial, edits)
-        if self.flops is not None:
-            edits, notes["schedules"] = choose_ratios(trial, edits, self.flops)
+        if budget is not None:
+            edits, notes["schedules"] = choose_ratios(trial, edits, budget)
         if self.importance == "auto":
             edits, notes["importance"] = choose_importance(view, edits, few, self.apply)
             trial = Trial.of(view, edits, few, self.apply)
-            if self.flops is not None:  # scoring takes some of the operations
-                edits, notes["schedules"] = choose_ratios(trial, edits, self.flops)
+            if budget is not None:  # scoring takes some of the operations
+                edits, notes["schedules"] = choose_ratios(trial, edits, budget)
         if self.repair:
             first = max(edit["rule"]["first"] for edit in edits.values())
             notes["remarks"] = [repair_tokens(view, trial.following(edits), batches, first)]
