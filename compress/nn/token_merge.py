@@ -123,6 +123,10 @@ class Sized(nn.Module):
         else:
             others = key.shape[2] - tokens.size.shape[1]
             mask = None if mask is None else self._left(mask)
+            if self.proportional and mask is None and query.is_cuda and query.dtype != torch.float32:
+                scale = query.shape[-1] ** -0.5 if scale is None else scale
+                wide = carrying(query, key, value, self._log_size(others), scale)
+                return self.inner(module, *wide, None, scale, causal, **kwargs)[..., : value.shape[-1]]
             if self.proportional:
                 # Fused kernels want the mask in the query's type; only the sum is rounded to it.
                 mask = _weighed(mask, self._log_size(others)).to(query.dtype)
@@ -147,6 +151,21 @@ class Sized(nn.Module):
         if mask.shape[2] > 1:
             mask = mask.gather(2, origin[:, None, :, None].expand(-1, mask.shape[1], -1, whole))
         return mask.gather(3, origin[:, None, None].expand(-1, *mask.shape[1:3], -1))
+
+
+def carrying(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Queries, keys and values (B,H,n,d) whose products hold the log sizes (B,1,1,n) of the keys, so that no mask is
+    needed, which would rule out flash kernels: two more channels, the second for what the first was rounded by.
+
+    Widths become a multiple of 8 and alike, as such kernels want them; the answer has zeros behind the values.
+    """
+    width = max(query.shape[-1] + 2, value.shape[-1])
+    width += -width % 8
+    wanted = (log_size[:, :, 0, :, None] / scale).expand(*key.shape[:3], 1)
+    high = wanted.to(key.dtype)
+    ones = torch.ones_like(query[..., :1])
+    query, key = torch.cat([query, ones, ones], -1), torch.cat([key, high, (wanted - high).to(key.dtype)], -1)
+    return tuple(F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
 
 
 def _weighed(mask: Tensor | None, log_size: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import models
 from compress.errors import CompressError
 from compress.merge_search import Trial, within
 from compress.nn.token_match import Rule, bystanders, match, unmerge
-from compress.nn.token_merge import Tokens
+from compress.nn.token_merge import Tokens, carrying
 from compress.outputs import relative_error, run
 from compress.token_pictures import patches
 from compress.transform import Plan
@@ -420,6 +420,35 @@ def test_a_padded_batch_gives_what_its_rows_give_alone(attention, options):
     whole = mask[:, None, None, :].bool().expand(-1, 1, 14, -1)
     if attention == "sdpa":
         torch.testing.assert_close(answers(merged, {"input_ids": padded, "attention_mask": whole}), together)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    tokens=st.integers(1, 9),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 17),
+    beyond=st.integers(-3, 9),
+    scale=st.floats(0.05, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_log_sizes_in_more_channels_are_those_of_a_mask(tokens, heads, width, beyond, scale, seed):
+    chance = torch.Generator().manual_seed(seed)
+    query, key = (torch.randn(2, heads, tokens, width, generator=chance, dtype=torch.float64) for _ in range(2))
+    value = torch.randn(2, heads, tokens, max(1, width + beyond), generator=chance, dtype=torch.float64)
+    log_size = torch.randint(1, 300, (2, 1, 1, tokens), generator=chance).double().log()
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, log_size, scale=scale)
+    wide = carrying(query, key, value, log_size, scale)
+    assert len({x.shape[-1] for x in wide}) == 1 and wide[0].shape[-1] % 8 == 0
+    found = torch.nn.functional.scaled_dot_product_attention(*wide, scale=scale)
+    torch.testing.assert_close(found[..., : value.shape[-1]], expected)
+    assert (found[..., value.shape[-1] :] == 0).all()
+    # In bfloat16 the sizes, in two parts, are no rougher than in a mask of that type.
+    half = [x.bfloat16() for x in (query, key, value)]
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in half), log_size, scale=scale)
+    rough = torch.nn.functional.scaled_dot_product_attention(*half, log_size.bfloat16(), scale=scale)
+    wide = carrying(*half, log_size.float(), scale)
+    fine = torch.nn.functional.scaled_dot_product_attention(*wide, scale=scale)[..., : value.shape[-1]]
+    assert (fine - exact).abs().max() <= (rough - exact).abs().max() + 0.02
 
 
 def test_rows_of_a_batch_are_independent():
