@@ -48,9 +48,7 @@ class Trial:
     @classmethod
     @quick_products()
     def of(cls, view: View, edits: dict[str, dict], batches: list[dict], apply: Callable[[View, Plan], None]) -> Trial:
-        tensors = [*view.model.parameters(), *view.model.buffers()]
-        model = copy.deepcopy(view.model, {id(tensor): tensor for tensor in tensors})
-        apply(View(model), Plan(edits))
+        model = sharing(view.model, edits, apply)
         row = {name: value[:1] for name, value in batches[0].items()}
         return cls(model, list(edits), Answers.of(view.model, batches), row, count(view.model, row))
 
@@ -68,6 +66,14 @@ class Trial:
         for path in self.paths:
             self.model.get_submodule(path).merge.rule = Rule(**edits[path]["rule"])
         return self.model
+
+
+def sharing(original: nn.Module, edits: dict[str, dict], apply: Callable[[View, Plan], None]) -> nn.Module:
+    """A copy of the model with these edits that shares its weights."""
+    tensors = [*original.parameters(), *original.buffers()]
+    model = copy.deepcopy(original, {id(tensor): tensor for tensor in tensors})
+    apply(View(model), Plan(edits))
+    return model
 
 
 def share_within(trial: Trial, original: nn.Module, edits: dict[str, dict], budget: float, batch: dict) -> float:

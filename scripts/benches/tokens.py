@@ -195,14 +195,16 @@ def pooled(model, share, seen, left):
     places = [(at,) for at in reversed(range(last))] + [(at, at + 1) for at in reversed(range(last - 1))]
     if "pixel_values" not in seen[0]:
         return None
-    return first_within(model, share, (partial(applied, model, Pool(blocks=place), seen) for place in places), left)
+    return first_within(
+        model, share, (partial(applied, model, Pool(blocks=place, repair=False), seen) for place in places), left
+    )
 
 
 def evit(model, share, seen, left):
     """EViT: by class attention at the quarters, the rest fused."""
     from compress.transforms.tokens.prune import Prune
 
-    makers = (partial(applied, model, Prune(keep=step / 100), seen) for step in range(96, 2, -2))
+    makers = (partial(applied, model, Prune(keep=step / 100, repair=False), seen) for step in range(96, 2, -2))
     return first_within(model, share, makers, left)
 
 

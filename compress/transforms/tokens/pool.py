@@ -41,6 +41,11 @@ class Pool(Transform):
         None, description="blocks after which it pools, counted from 0; the last of the first half if not given"
     )
     proportional: bool = Field(True, description="let a pooled token weigh as many as it stands for")
+    repair: bool = Field(True, description="refit the MLPs to what the whole tokens were, where there is data")
+
+    @property
+    def uses_data(self) -> bool:
+        return self.repair
 
     def plan(self, view: View) -> Plan:
         if self.blocks == ():
@@ -62,6 +67,15 @@ class Pool(Transform):
             path, why = next(iter(refused.items()))
             raise CompressError(f"tokens.pool cannot change {path}: {why}")
         return Plan(edits, notes={"refused": refused})
+
+    def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
+        from compress.merge_search import sharing
+        from compress.token_repair import repair_tokens
+
+        if not plan.edits or not self.repair:
+            return plan
+        fewer, first = sharing(view.model, plan.edits, self.apply), max(edit["first"] for edit in plan.edits.values())
+        return Plan(plan.edits, notes=plan.notes | {"remarks": [repair_tokens(view, fewer, batches, first)]})
 
     def apply(self, view: View, plan: Plan) -> None:
         size = ImageSize()

@@ -56,6 +56,11 @@ class Prune(Transform):
     )
     select: Literal["top", "spread"] = Field("top", description="the highest scores, or even steps through their sum")
     proportional: bool = Field(False, description="let the fused token weigh as many as it stands for")
+    repair: bool = Field(True, description="refit the MLPs to what the whole tokens were, where there is data")
+
+    @property
+    def uses_data(self) -> bool:
+        return self.repair
 
     def plan(self, view: View) -> Plan:
         if self.keep == 1 or self.blocks == ():
@@ -74,6 +79,18 @@ class Prune(Transform):
             path, why = next(iter(refused.items()))
             raise CompressError(f"tokens.prune cannot change {path}: {why}")
         return Plan(edits, notes={"refused": refused})
+
+    def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
+        from compress.merge_search import sharing
+        from compress.token_repair import repair_tokens
+
+        if not plan.edits or not self.repair:
+            return plan
+        fewer, first = (
+            sharing(view.model, plan.edits, self.apply),
+            max(edit["rule"]["first"] for edit in plan.edits.values()),
+        )
+        return Plan(plan.edits, notes=plan.notes | {"remarks": [repair_tokens(view, fewer, batches, first)]})
 
     def apply(self, view: View, plan: Plan) -> None:
         def hooks(tokens, edit):
