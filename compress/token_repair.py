@@ -6,6 +6,7 @@ Shapes: B batch, N tokens of the input, n tokens of now, D width.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -101,7 +102,8 @@ def repair_tokens(view: View, fewer: nn.Module, batches: list[dict], first: int)
     """
     seen, held = apart(batches)
     judge, known = Answers.of(view.model, held), {attention.path: attention for attention in view.attentions()}
-    old = {mlp.down: stacked(view.module(mlp.down)) for mlp in view.mlps() if not mlp.refusal}
+    downs = [view.module(mlp.down) for mlp in view.mlps() if not mlp.refusal]
+    old = [deepcopy(module.state_dict()) for module in downs]
     before, count = judge.off(fewer), 0
     for blocks in stacks(view).values():
         blocks = [block for block in blocks if not reads_class_token(view, known[block.attentions[0]])]
@@ -113,8 +115,8 @@ def repair_tokens(view: View, fewer: nn.Module, batches: list[dict], first: int)
         return (
             f"{count} MLPs refit to what the original's tokens were: loss on held-out data {before:.3g} -> {after:.3g}"
         )
-    for path, weights in old.items():
-        write(view.module(path), weights)
+    for module, weights in zip(downs, old, strict=True):
+        module.load_state_dict(weights)
     return f"MLPs were not refit: the loss on held-out data, {before:.3g}, did not fall"
 
 
@@ -126,13 +128,16 @@ def along(view: View, fewer: nn.Module, blocks: list[Block], flows: list[Flow], 
         if len(found.mlps) == 1 and found.mlps[0] in mlps:
             flow = flows[0]
             place = Place.of(original, found.path, mlps[found.mlps[0]], flow.call(index, flow.clean))
-            levels = [place.level(original, flow.call(index, flow.clean)) for flow in flows]
-            clean = [level.answer for level in levels]
-            count += mend(block, place, index, flows, [level.stream for level in levels], first)
+            targets = []
+            for flow in flows:
+                level = place.level(original, flow.call(index, flow.clean))
+                flow.clean = level.answer
+                targets.append(level.stream)
+            count += mend(block, place, index, flows, targets, first)
         else:
-            clean = [answers(original, flow.call(index, flow.clean)) for flow in flows]
-        for flow, given in zip(flows, clean, strict=True):
-            flow.clean = given
+            for flow in flows:
+                flow.clean = answers(original, flow.call(index, flow.clean))
+        for flow in flows:
             flow.step(index, block)
     return count
 
@@ -143,17 +148,19 @@ def mend(block: nn.Module, place: Place, index: int, flows: list[Flow], wanted: 
     for flow, target in zip(flows, wanted, strict=True):
         flow.resume(block)
         level = place.level(block, flow.call(index, flow.ours))
-        size = torch.ones_like(target[..., 0]) if flow.mask is None else flow.mask.to(target)
+        count = torch.ones_like(target[..., 0]) if flow.mask is None else flow.mask.to(target)
+        weight = count.float()
         if level.stream.shape != target.shape:
-            target = means(target, level.tokens["slot"], size, size := level.tokens["size"].to(target))
-        lost = target - level.stream
+            weight = level.tokens["size"].float()
+            target = means(target, level.tokens["slot"], count, weight.to(target))
+        lost = (target - level.stream).float()
         if place.scale is not None:
-            lost = torch.where(place.scale == 0, 0, lost / place.scale)
-        weight = size.clone()
-        weight[:, :first] *= size.sum(1, keepdim=True)  # all others read these, and many models end in them
+            lost = torch.where(place.scale == 0, 0, lost / place.scale.float())
+        special = torch.arange(weight.shape[1], device=weight.device) < first
+        weight = torch.where(special, weight * weight.sum(1, keepdim=True), weight)  # all read these, many answers too
         real = weight.flatten() > 0
-        held = torch.rand(int(real.sum()), generator=chance) < 1 / HELD
-        rows, aims = level.x.flatten(0, 1)[real], (level.z + lost).flatten(0, 1)[real]
+        held = torch.rand(int(real.sum()), generator=chance).to(real.device) < 1 / HELD
+        rows, aims = level.x.float().flatten(0, 1)[real], (level.z + lost).flatten(0, 1)[real]
         moments.add(rows, aims, held, weight.flatten()[real, None])
     module = block.get_submodule(place.down)
     old = stacked(module)
