@@ -147,13 +147,15 @@ def cut(method: Prune, view: View, parts: list[Part], batches: list[dict]) -> tu
     if method.repair and len(work.many) > len(work.few):
         work.remove(gone, work.many)
         tried[score][-1], targets = [work.left(gone), work.loss()], work.targets
-    learned = [relearn(view, original, batches, method.distill)] if method.distill else []
-    left = kept(parts, gone)
+    remarks, left = told(work, tried, score, targets), kept(parts, gone)
+    del work, best, weights  # the original's answers, which take more than a small model
+    if method.distill:
+        remarks.append(relearn(view, original, batches, method.distill))
     for part in parts:
         if isinstance(part.owner, MLP) and len(left[part.path]) < part.count:
             bring_forward(view, part.owner, part.chosen(left[part.path]))
     notes = {"curves": tried, "taken": score, "units that stay": {path: len(units) for path, units in left.items()}}
-    return left, notes | {"remarks": told(work, tried, score, targets) + learned}
+    return left, notes | {"remarks": remarks}
 
 
 def told(work: Cut, tried: dict[str, list], taken: str, targets: dict[str, str]) -> list[str]:
