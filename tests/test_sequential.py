@@ -8,7 +8,7 @@ from torch import nn
 
 from compress.errors import CompressError
 from compress.outputs import inputs, relative_error
-from compress.quick import quick_products
+from compress.quick import exact, quick_products
 from compress.sequential import Meter, stages
 from compress.stacks import Call, chain, stacks
 from compress.view import View
@@ -147,10 +147,11 @@ def test_a_layer_that_is_called_twice_is_heard_twice():
     assert relative_error(meter.read()[0]["first"], 4 * x.T @ x) < 1e-6
 
 
-def test_quick_products_leave_no_trace():
-    before = torch.backends.mkldnn.matmul.fp32_precision
+def test_quick_products_are_exact_and_leave_no_trace():
+    before, x = torch.backends.mkldnn.matmul.fp32_precision, torch.randn(300, 300)
     with pytest.raises(ValueError), quick_products():
-        assert torch.backends.mkldnn.matmul.fp32_precision != before
+        assert relative_error(x @ x, x.double() @ x.double()) < 1e-6
+        assert (torch.backends.mkldnn.matmul.fp32_precision != before) == exact()
         raise ValueError
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 

@@ -32,8 +32,9 @@ token is read: the classifier, its schedule searched for, at 75 % of the FLOPs .
 
 When it hurts: short inputs and batch size 1, where matching costs more than the tokens it saves; dense prediction,
 which loses detail; small models. A count takes most of a short text: give a ratio where lengths differ. Log sizes go as
-an attention mask, which rules out flash kernels. Hidden states asked for from between the blocks have fewer tokens than
-the input. Rotary positions go with the tokens (DINOv3); not for causal decoders, windows and relative positions.
+an attention mask, half precision on GPUs: inside the keys. Hidden states asked for from between the blocks have fewer
+tokens than the input. Rotary positions go with the tokens (DINOv3); not for causal decoders, windows and relative
+positions.
 
 Papers: "Token Merging: Your ViT But Faster", Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman, 2023; energy "Accelerating
 Transformers with Spectrum-Preserving Token Merging", Tran et al., 2024; schedules of unequal shares "DiffRate:

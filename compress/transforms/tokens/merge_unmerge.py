@@ -19,8 +19,8 @@ With half of 4096 tokens merged a transformer of width 512 took .56 to .60 of it
 with 50 and 70 % of its tokens merged did .83 and .77 of the operations, in .94 and .89 of the time on one thread.
 
 When it hurts: small images, where attention costs little and neighbours differ; where only the attention core is to be
-saved, tokens.downsample_kv. On a CPU or in float32 log sizes go as an attention mask, which rules out flash kernels. The MLPs of a Swin
-transformer see all tokens: there is little to save. Attentions that read feature maps instead of tokens, rotary
+saved, tokens.downsample_kv. Log sizes go as an attention mask, half precision on GPUs: inside the keys. The MLPs of a
+Swin transformer see all tokens: there is little to save. Attentions that read feature maps instead of tokens, rotary
 positions, and windows with an attention of their own (Swin v2) are refused.
 
 Papers: "Token Merging for Fast Stable Diffusion", Bolya, Hoffman, 2023; sizes as weights "Token Merging: Your ViT But

@@ -17,9 +17,9 @@ and .67, tokens.merge .650 and .07 (at .67). There EViT's own score brought .40,
 `proportional` .56. Dense read-outs get one and the same feature wherever nothing looked: not for segmentation or depth.
 Mean pooling counts the fused token for all it stands for. Small models and early blocks suffer most. The paper prunes
 before the MLP of a block; here it is after it where the block has no module for attention with its residual. Hidden
-states asked for from between the blocks have fewer tokens than the input. On a CPU or in float32 log sizes go as an attention mask, which
-rules out flash kernels. Rotary positions go with the tokens (DINOv3); not for causal decoders, windows, relative
-positions and diffusion models.
+states asked for from between the blocks have fewer tokens than the input. Log sizes go as an attention mask, half
+precision on GPUs: inside the keys. Rotary positions go with the tokens (DINOv3); not for causal decoders, windows,
+relative positions and diffusion models.
 
 Papers: "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations", Liang, Ge, Tong,
 Song, Wang, Xie, 2022; "Adaptive Token Sampling For Efficient Vision Transformers", Fayyaz, Abbasi Koohpayegani, Rezaei
