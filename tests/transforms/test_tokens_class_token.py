@@ -17,11 +17,17 @@ from models import IMAGE, TEXT, noise, seeded, tokens
 
 MODELS = {"ViT": IMAGE | {"num_hidden_layers": 4}, "Bert": TEXT | {"num_hidden_layers": 4}}
 KIND = {"ViT": "ViTForImageClassification", "Bert": "BertForSequenceClassification"}
-STEPS = {  # nothing that goes by keys or values, whose biases heads.exact takes out
-    "merge": {"use": "tokens.merge", "ratio": 0.3, "metric": "features"},
-    "merge, energy": {"use": "tokens.merge", "ratio": (0.3, 0.3, 0.2, 0.0), "metric": "features", "match": "energy"},
-    "prune": {"use": "tokens.prune", "keep": 0.5, "score": "class_attention", "proportional": True},
-    "pool": {"use": "tokens.pool"},
+STEPS = {  # nothing that goes by keys or values, whose biases heads.exact takes out, and nothing refit by answers
+    "merge": {"use": "tokens.merge", "ratio": 0.3, "metric": "features", "repair": False},
+    "merge, energy": {
+        "use": "tokens.merge",
+        "ratio": (0.3, 0.3, 0.2, 0.0),
+        "metric": "features",
+        "match": "energy",
+        "repair": False,
+    },
+    "prune": {"use": "tokens.prune", "keep": 0.5, "score": "class_attention", "proportional": True, "repair": False},
+    "pool": {"use": "tokens.pool", "repair": False},
 }
 
 
