@@ -6,18 +6,21 @@ Shapes: B batch, N tokens of the input, n tokens of now, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from compress.merge_search import sharing
 from compress.mixing import apart
 from compress.probing import Answers
 from compress.quick import quick_products
 from compress.repair import HELD, Moments, hearing, refit, stacked, write
 from compress.stacks import Call, answers, chain, tensors
 from compress.token_stacks import reads_class_token, stacks
+from compress.transform import Plan
 from compress.view import MLP, Block, View
 
 LINEAR = 0.01  # of the squares of what an MLP adds to its block's answer may be no multiple of its own
@@ -118,6 +121,12 @@ def repair_tokens(view: View, fewer: nn.Module, batches: list[dict], first: int)
     for module, weights in zip(downs, old, strict=True):
         module.load_state_dict(weights)
     return f"MLPs were not refit: the loss on held-out data, {before:.3g}, did not fall"
+
+
+def repaired(view: View, plan: Plan, batches: list[dict], apply: Callable[[View, Plan], None], first: int) -> Plan:
+    """The same for a plan that is still to be applied; it says what came of it."""
+    fewer = sharing(view.model, plan.edits, apply)
+    return Plan(plan.edits, notes=plan.notes | {"remarks": [repair_tokens(view, fewer, batches, first)]})
 
 
 def along(view: View, fewer: nn.Module, blocks: list[Block], flows: list[Flow], first: int) -> int:

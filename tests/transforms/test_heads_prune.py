@@ -34,7 +34,7 @@ def test_a_dead_head_goes_first_without_a_trace(name, score):
     at = view.attentions()[1]
     output = view.module(at.o)
     matrix = output.weight.data if isinstance(output, torch.nn.Linear) else output.weight.data.T
-    matrix *= 10  # heads of a random model matter so little that products of bfloat16 would hide it
+    matrix *= 10  # heads of a random model matter so little that the rounding of some CPUs hides it
     matrix[:, at.value_dim : 2 * at.value_dim] = 0
     method = Prune(keep=7 / 8, score=score)
     before = run(model, batch)

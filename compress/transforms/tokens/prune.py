@@ -82,16 +82,11 @@ class Prune(Transform):
         return Plan(edits, notes={"refused": refused})
 
     def calibrate(self, view: View, plan: Plan, batches: list[dict]) -> Plan:
-        from compress.merge_search import sharing
-        from compress.token_repair import repair_tokens
+        from compress.token_repair import repaired
 
         if not plan.edits or not self.repair:
             return plan
-        fewer, first = (
-            sharing(view.model, plan.edits, self.apply),
-            max(edit["rule"]["first"] for edit in plan.edits.values()),
-        )
-        return Plan(plan.edits, notes=plan.notes | {"remarks": [repair_tokens(view, fewer, batches, first)]})
+        return repaired(view, plan, batches, self.apply, max(edit["rule"]["first"] for edit in plan.edits.values()))
 
     def apply(self, view: View, plan: Plan) -> None:
         def hooks(tokens, edit):
