@@ -28,11 +28,12 @@ SCORES = {"class": "class_attention", "received": "received", "values": "value_a
 AS_WELL = ("received",)  # without a class token
 SLOPES = (-1.0, 0.0, 1.0, 2.0)  # powers of the distance from the first merging block
 MOST = 0.5  # of a block's tokens
-HALVINGS = 8  # of the span in which the strength of a schedule lies
+STEPS = 8  # at most, to the strength of a schedule that keeps to the budget
+NEAR = 0.002  # of the operations below the budget is near enough
 SEARCH = 2**14  # tokens, of images 64 each counts as 256
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the operations, at which a budget of time looks
 ROUNDS, SECONDS = 7, 1.0  # of that
-STEP = 1.6  # by which one block's share is raised and lowered
+RAISE = 1.6  # by which one block's share is raised and lowered
 
 
 @dataclass
@@ -80,14 +81,8 @@ def share_within(trial: Trial, original: nn.Module, edits: dict[str, dict], budg
     """The part of the operations that can stay where this part of the time may, by the times of plain schedules."""
     from compress_kernels.timing import paired
 
-    plans, short = {}, None
-    for share in SHARES:
-        try:
-            plans[share] = within(trial, edits, share)
-        except CompressError as error:
-            short = error
-    if not plans:
-        raise short
+    plans = {share: plain(trial, edits, share) for share in SHARES}
+    plans = {share: plan for share, plan in plans.items() if plan} or {SHARES[0]: within(trial, edits, SHARES[0])}
     calls = {share: partial(timed, trial, plan, batch) for share, plan in plans.items()}
     times = paired({1.0: partial(run, original, batch)} | calls, rounds=ROUNDS, seconds=SECONDS)
     points = [(share, seconds / times[1.0]) for share, seconds in times.items() if share < 1]
@@ -123,12 +118,17 @@ def choose_importance(
 
 
 def within(trial: Trial, edits: dict[str, dict], budget: float) -> dict[str, dict]:
-    """A plain schedule that leaves this part of the operations: even, or falling where that is not enough."""
-    for shape in (ramp(len(edits), 0, 0.0), ramp(len(edits), 0, -1.0)):
-        if (found := scaled(trial, edits, shape, budget)) is not None:
-            return found
+    """A plain schedule that leaves this part of the operations."""
+    if (found := plain(trial, edits, budget)) is not None:
+        return found
     least = trial.share(with_ratios(edits, [MOST] * len(edits)))
     raise CompressError(f"tokens.merge: flops is {budget:.3g}, it must be at least {least:.3g} for this model")
+
+
+def plain(trial: Trial, edits: dict[str, dict], budget: float) -> dict[str, dict] | None:
+    """The same, even or falling where that is not enough; None where neither is."""
+    even, falling = (ramp(len(edits), 0, slope) for slope in (0.0, -1.0))
+    return scaled(trial, edits, even, budget) or scaled(trial, edits, falling, budget)
 
 
 def choose_ratios(trial: Trial, edits: dict[str, dict], budget: float) -> tuple[dict[str, dict], list[dict]]:
@@ -148,7 +148,7 @@ def choose_ratios(trial: Trial, edits: dict[str, dict], budget: float) -> tuple[
     errors = [attempt(shape) for shape in shapes]
     best, error = shapes[errors.index(min(errors))], min(errors)
     for at in range(number):
-        for factor in (STEP, 1 / STEP):
+        for factor in (RAISE, 1 / RAISE):
             other = [*best[:at], (best[at] or min(filter(None, best))) * factor, *best[at + 1 :]]
             if (found := attempt(other)) < error:
                 best, error = other, found
@@ -161,17 +161,26 @@ def ramp(number: int, start: int, slope: float) -> list[float]:
 
 
 def scaled(trial: Trial, edits: dict[str, dict], weights: list[float], budget: float) -> dict[str, dict] | None:
-    """The weakest schedule of this shape within the budget; None where the strongest is not."""
-    low, high, found = 0.0, MOST / min(filter(None, weights)), None
-    for halving in range(HALVINGS + 1):
-        strength = high if halving == 0 else (low + high) / 2
+    """The weakest schedule of this shape within the budget, nearly; None where the strongest is not."""
+
+    def schedule(strength: float) -> tuple[dict[str, dict], float]:
         ratios = with_ratios(edits, [min(MOST, round(strength * weight, 6)) for weight in weights])
-        if trial.share(ratios) <= budget:
-            high, found = strength, ratios
-        elif halving == 0:
-            return None
+        return ratios, trial.share(ratios)
+
+    low, more, high = 0.0, 1.0, MOST / min(filter(None, weights))
+    found, less = schedule(high)
+    if less > budget:
+        return None
+    for _ in range(STEPS):
+        if budget - less <= NEAR:
+            break
+        part = (more - budget + NEAR / 2) / max(more - less, NEAR)
+        middle = low + (high - low) * min(0.9, max(0.1, part))
+        ratios, share = schedule(middle)
+        if share <= budget:
+            high, less, found = middle, share, ratios
         else:
-            low = strength
+            low, more = middle, share
     return found
 
 

@@ -57,18 +57,18 @@ def recalibration(teacher: nn.Module, batches: list[dict]) -> Callable[[list[Ten
 
 def heard(model: nn.Module, slim: SlimAfter, batches: list[dict]) -> list[Tensor]:
     """The image tokens that reach a module (B,n,D), in float32 at least."""
-    found, before = [], slim.slim
+    found, before = [], slim.fewer
 
     def listen(x: Tensor) -> Tensor:
         found.append(x[:, slim.special :].to(wide(x.dtype)))
         return before(x)
 
-    slim.slim = listen
+    slim.fewer = listen
     try:
         for batch in batches:
             model(**inputs(batch))
     finally:
-        del slim.slim
+        del slim.fewer
     return found
 
 

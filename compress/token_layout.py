@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from math import isqrt
 from types import SimpleNamespace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.attend import attend_through
+from compress.blocks import Block
 from compress.errors import CompressError
 from compress.nn.token_merge import on_first, turned
 from compress.nn.window import ImageSize
 from compress.roles import parent_of, width_in
+from compress.stacks import tensors
 from compress.structure import Attention
 from compress.view import View
 
@@ -111,21 +115,62 @@ class Record(nn.Module):
 
 
 @torch.no_grad()
-def merge_point(view: View, block: str, attention: Attention) -> str:
-    """The part of a block after which its tokens may be fewer, found by trying: the attention with its residual if
-    that is a module of its own (then the block's MLP is spared too), else the block itself ("")."""
-    part = parent_of(attention.path)[len(block) + 1 :]
-    if not part:
-        return ""
-    module = guinea_pig(view.module(block))
-    module.get_submodule(part).register_forward_hook(lambda _, args, output: on_first(output, lambda x: x[:, 1:]))
-    left = []
-    module.register_forward_hook(lambda _, args, output: on_first(output, lambda x: left.append(x.shape[1])))
+def merge_point(view: View, block: Block, attention: Attention, inside: bool) -> dict[str, str]:
+    """Where in a block its tokens may become fewer, so that its MLP is spared too, found by trying: after the attention
+    with its residual if that is a module of its own, else around the MLP and the norm in front of it; or at its end."""
+    part = parent_of(attention.path)[len(block.path) + 1 :]
+    x = torch.randn(1, 4, width(view, attention), generator=torch.Generator().manual_seed(0))
+    call = partial(tokens_alone, x=x, rows=torch.ones(2, 3, attention.head_dim))
+    if part and shrinks(guinea_pig(view.module(block.path)), part, call):
+        return {"after": part}
+    if not inside or len(block.mlps) != 1 or block.mlps[0] == block.path:
+        return {"after": ""}
+    mlp = block.mlps[0][len(block.path) + 1 :]
+    before = spares(guinea_pig(view.module(block.path)), mlp, call)
+    return {"before": before, "mlp": mlp} if before else {"after": ""}
+
+
+def shrinks(block: nn.Module, part: str, call: Callable) -> bool:
+    """Does a block give one token less where this part of it does?"""
+    block.get_submodule(part).register_forward_hook(lambda _, args, output: on_first(output, lambda x: x[:, 1:]))
     try:
-        module(torch.ones(1, 4, width(view, attention)))
+        return call(block).shape[1] == 3
     except WRONG:
+        return False
+
+
+def spares(block: nn.Module, mlp: str, call: Callable) -> str:
+    """The part in front of a block's MLP that reads its residual, where a token that is left out there and given what
+    the MLP says of another leaves the block with that added, and the others as ever; or nothing."""
+    seen, given = {}, {}
+
+    def look(name: str) -> Callable:
+        return lambda part, args, output: seen.update({id(output): (name, args, output)})
+
+    hooks = [part.register_forward_hook(look(name)) for name, part in block.named_modules() if name]
+    hooks.append(block.get_submodule(mlp).register_forward_pre_hook(lambda part, args: given.update(x=args[0])))
+    try:
+        whole = call(block)
+        before, (residual, *_), _ = seen[id(given["x"])]
+        for hook in hooks:
+            hook.remove()
+        block.get_submodule(before).register_forward_pre_hook(lambda part, args: (args[0][:, 1:], *args[1:]))
+        block.get_submodule(mlp).register_forward_hook(lambda part, args, y: torch.cat([y[:, :1], y], 1))
+        found = call(block)
+    except (*WRONG, KeyError):
         return ""
-    return part if left == [3] else ""
+    wanted = torch.cat([residual[:, :1] + (whole - residual)[:, 1:2], whole[:, 1:]], 1)
+    same = found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    return before if same else ""
+
+
+def tokens_alone(block: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+    """What a block makes of a class token and three patches with these rotary rows, without masks and all else."""
+    known = inspect.signature(block.forward).parameters
+    needed = [each for each in known.values() if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    others = {each.name: None for each in needed[1:]}
+    others |= {"position_embeddings": tuple(rows)} if "position_embeddings" in known else {}
+    return tensors(block(x, **others))[0]
 
 
 def guinea_pig(module: nn.Module) -> nn.Module:

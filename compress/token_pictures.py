@@ -23,10 +23,10 @@ def pictures(model: nn.Module, edits: dict[str, dict], batch: dict, patch: int) 
         tokens = model.get_submodule(path).merge.tokens
         return lambda *_: seen.__setitem__(path, tokens.slot) if tokens.slot is not None else None
 
-    hooks = [
-        model.get_submodule(join(path, edit["after"]) if edit["after"] else path).register_forward_hook(listen(path))
-        for path, edit in edits.items()
-    ]
+    hooks = []
+    for path, edit in edits.items():
+        part = edit.get("mlp") or edit["after"]
+        hooks.append(model.get_submodule(join(path, part) if part else path).register_forward_hook(listen(path)))
     try:
         run(model, sample)
     finally:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compress.merge_search import sharing
 from compress.mixing import apart
+from compress.nn.token_merge import Tokens
 from compress.probing import Answers
 from compress.quick import quick_products
 from compress.repair import HELD, Moments, hearing, refit, stacked, write
@@ -81,7 +82,8 @@ class Place:
             for hook in hooks:
                 hook.remove()
         ((u, _),), ((x, z),) = heard["up"], heard["down"]
-        return Level(answer, given[0] if self.scale is not None else u + z, x, z, tokens)
+        stream = u + z if self.scale is None else Tokens(**tokens).settled(given[0])
+        return Level(answer, stream, x, z, tokens)
 
 
 @dataclass(frozen=True)

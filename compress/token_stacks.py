@@ -29,9 +29,9 @@ def chosen(view: View, name: str, places: tuple[int, ...] | None, default: Calla
     return [block for blocks, at in picked for place, block in enumerate(blocks) if place in at]
 
 
-def shrinkable(view: View, blocks: list[Block]) -> dict[str, dict | str]:
-    """For each of these blocks: the part after which its tokens may be fewer and the special ones, or why none may."""
-    found = after(view)
+def shrinkable(view: View, blocks: list[Block], inside: bool = True) -> dict[str, dict | str]:
+    """For each of these blocks: where its tokens may become fewer and which are special, or why none may."""
+    found = places(view, inside)
     return {block.path: found[block.path] for block in blocks}
 
 
@@ -78,7 +78,11 @@ def hand_on_fewer(
                 view.module(attention.path).register_forward_pre_hook(part.turn, with_kwargs=True)
             if block is blocks[0]:
                 module.register_forward_pre_hook(part.start)
-            if edit is not None:
+            if edit is not None and edit.get("mlp"):
+                view.module(join(block.path, edit["before"])).register_forward_pre_hook(part.enter)
+                view.module(join(block.path, edit["mlp"])).register_forward_hook(part.leave)
+                module.register_forward_hook(part.settle)
+            elif edit is not None:
                 view.module(join(block.path, edit["after"]) if edit["after"] else block.path).register_forward_hook(
                     part.shrink
                 )
@@ -110,8 +114,9 @@ def stacks(view: View) -> dict[str, list[Block]]:
     return found
 
 
-def after(view: View) -> dict[str, dict | str]:
-    """For every block: what a merge after it must know, or why there can be none."""
+def places(view: View, inside: bool = True) -> dict[str, dict | str]:
+    """For every block: what a merge in it must know, or why there can be none; `inside`, the block's residual may still
+    hold all tokens while its MLP reads fewer."""
     attentions = {attention.path: attention for attention in view.attentions()}
     found = {}
     for stack, blocks in stacks(view).items():
@@ -124,10 +129,10 @@ def after(view: View) -> dict[str, dict | str]:
         alone = not why and reads_class_token(view, attentions[blocks[-1].attentions[0]])
         if alone and not special["first"]:
             why = "the place of its class token, which is all that its last block computes, is not known"
-        point = "" if why else merge_point(view, blocks[0].path, attentions[blocks[0].attentions[0]])
-        settings = {"after": point, "rule": special} | ({"rotary": True} if rotary else {})
+        point = {"after": ""} if why else merge_point(view, blocks[0], attentions[blocks[0].attentions[0]], inside)
+        settings = point | {"rule": special} | ({"rotary": True} if rotary else {})
         found |= {block.path: why or settings for block in blocks}
-        if not point or alone:
+        if point == {"after": ""} or alone:
             found[blocks[-1].path] = why or "it is the last of its stack, where a merge would save nothing"
     return found
 

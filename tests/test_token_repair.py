@@ -65,7 +65,7 @@ def test_it_is_seen_how_an_mlp_enters_its_block(name, linear):
 def test_the_streams_come_nearer_to_the_means_of_the_original(name):
     model, _ = models.MODELS[name]()
     batches = images(8)
-    view, trial, first = trial_of(model, batches, ratio=0.3)
+    view, trial, first = trial_of(model, batches, ratio=(0.3, 0.0))
     (blocks,) = stacks(view).values()
     original = copy.deepcopy(model)
     last = blocks[-1].path

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.nn.token_match import PRICE, Rule, bystanders, match, unmerge
 from compress_kernels.token_merge import token_merge
-from compress_kernels.token_merge.reference import Matching, Merged, merge, wide
+from compress_kernels.token_merge.reference import Matching, Merged, merge, take, wide
 
 LEAST = 1e-30  # a score of nothing, so that the others can always be weighed
 RARE = 1e-3  # of the mean importance: what nobody looks at is no cheaper than that
@@ -31,10 +31,12 @@ class Tokens:
     origin: Tensor | None = None  # B,n: whose place in the input each token has
     keys: Tensor | None = None  # B,H,n,d of the last attention
     score: Tensor | None = None  # B,n, float32 at least: what the last attention makes of them, where it is asked
+    last: Matching | Merged | None = None  # what went where, until the block that does so inside ends
+    moved: Tensor | None = None  # B,n,D: and how far it took those that stay
 
     def reset(self) -> None:
         """Forget everything, also what a forward that failed half-way left behind."""
-        self.alive = self.size = self.slot = self.origin = self.keys = self.score = None
+        self.alive = self.size = self.slot = self.origin = self.keys = self.score = self.last = self.moved = None
 
     def see(self, mask: Tensor, batch: int) -> None:
         """Learn from an attention mask (B,H,N,N or broadcastable) which tokens are padding."""
@@ -87,9 +89,14 @@ class Tokens:
 
     def follow(self, matching: Matching | Merged) -> None:
         """Remember what went where."""
+        self.last = matching
         self.slot = matching.slot.gather(1, self.slot)
         self.origin = self.origin.gather(1, matching.kept)
         self.alive = None if self.alive is None else self.alive.gather(1, matching.kept)
+
+    def settled(self, x: Tensor) -> Tensor:
+        """The tokens that a block with all of them in its residual gives, as they are fewer since its MLP."""
+        return x if self.moved is None else take(x, self.last.kept) + self.moved
 
     def places(self, patches: int) -> Tensor:
         """Which of so many patches, behind the leading tokens, each token that is left is or goes on as."""
@@ -176,7 +183,11 @@ def _weighed(mask: Tensor | None, log_size: Tensor) -> Tensor:
 
 
 class MergeAfter(nn.Module):
-    """Hooks of the blocks of a stack: a fresh start at the first, a merge in each, all tokens back after the last."""
+    """Hooks of the blocks of a stack: a fresh start at the first, a merge in each, all tokens back after the last.
+
+    Where a block's own residual holds all tokens, the merge has three hooks: the MLP reads fewer, what it says of each
+    is copied to all that it stands for, and the block's answer is brought to the fewer.
+    """
 
     def __init__(self, tokens: Tokens, rule: Rule | None):
         super().__init__()
@@ -190,8 +201,28 @@ class MergeAfter(nn.Module):
             raise CompressError("tokens: gradient checkpointing would replay the blocks with all their tokens")
         self.tokens.reset()
 
+    def fewer(self, x: Tensor) -> Tensor:
+        """The tokens that go on."""
+        return self.tokens.merge(x, self.rule)
+
     def shrink(self, block, args, output):
-        return on_first(output, lambda x: self.tokens.merge(x, self.rule))
+        return on_first(output, self.fewer)
+
+    def enter(self, part, args):
+        tokens, x = self.tokens, args[0]
+        tokens.last = tokens.moved = None
+        fewer = self.fewer(x)
+        if tokens.last is not None:
+            tokens.moved = fewer - take(x, tokens.last.kept)
+        return (fewer, *args[1:])
+
+    def leave(self, mlp, args, output):
+        return output if self.tokens.moved is None else take(output, self.tokens.last.slot)
+
+    def settle(self, block, args, output):
+        output = on_first(output, self.tokens.settled)
+        self.tokens.last = self.tokens.moved = None
+        return output
 
     def turn(self, attention, args, kwargs):
         """Hook in front of an attention with rotary positions: every token has the row of the place it stayed at."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.nn.token_match import bystanders
-from compress.nn.token_merge import LEAST, MergeAfter, Tokens, on_first
+from compress.nn.token_merge import LEAST, MergeAfter, Tokens
 
 
 @dataclass(frozen=True)
@@ -174,5 +174,5 @@ class PackAfter(MergeAfter):
     def extra_repr(self) -> str:
         return str(self.rule)
 
-    def shrink(self, block, args, output):
-        return on_first(output, lambda x: self.tokens.pack(x, self.rule))
+    def fewer(self, x: Tensor) -> Tensor:
+        return self.tokens.pack(x, self.rule)

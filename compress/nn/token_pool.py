@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.nn.token_merge import MergeAfter, Tokens, on_first
+from compress.nn.token_merge import MergeAfter, Tokens
 from compress.nn.window import ImageSize
 from compress_kernels.token_merge.reference import Matching, merge
 
@@ -47,10 +47,7 @@ class PoolAfter(MergeAfter):
     def extra_repr(self) -> str:
         return f"first={self.first}, patch={self.patch}, times={self.times}"
 
-    def shrink(self, block, args, output):
-        return on_first(output, self.pool)
-
-    def pool(self, x: Tensor) -> Tensor:
+    def fewer(self, x: Tensor) -> Tensor:
         """The mean of each cell of two by two, weighted by how many tokens each stands for."""
         height, width = (halved(side, self.times) for side in self.size.patches(self.patch))
         if x.shape[1] != self.first + height * width:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.nn.probabilities import probabilities
 from compress.nn.token_match import MILLION, bystanders
-from compress.nn.token_merge import LEAST, MergeAfter, Tokens, on_first
+from compress.nn.token_merge import LEAST, MergeAfter, Tokens
 from compress_kernels.token_merge.reference import Matching, take, wide
 
 ROWS = 16  # queries whose attention is looked at where there is no class token
@@ -140,10 +140,7 @@ class PruneAfter(MergeAfter):
     def extra_repr(self) -> str:
         return str(self.keep)
 
-    def shrink(self, block, args, output):
-        return on_first(output, self.prune)
-
-    def prune(self, x: Tensor) -> Tensor:
+    def fewer(self, x: Tensor) -> Tensor:
         """Keep a share of the tokens; the fused one stands for all the others."""
         tokens = self.tokens
         score, tokens.score = tokens.score, None

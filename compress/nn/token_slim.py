@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.nn.token_merge import MergeAfter, Tokens, on_first
+from compress.nn.token_merge import MergeAfter, Tokens
 from compress_kernels.token_merge.reference import wide
 
 
@@ -72,14 +72,11 @@ class SlimAfter(MergeAfter):
     def extra_repr(self) -> str:
         return f"special={self.special}, count={len(self.outer)}"
 
-    def shrink(self, block, args, output):
-        return on_first(output, self.slim)
-
     def logits(self, x: Tensor) -> Tensor:
         """How much each of the tokens (B,n,D) belongs to each of the new ones (B,n,K)."""
         return F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), self.inner, self.bias)), self.outer)
 
-    def slim(self, x: Tensor) -> Tensor:
+    def fewer(self, x: Tensor) -> Tensor:
         """The special tokens and the new ones."""
         special, x = x[:, : self.special], x[:, self.special :]
         if x.shape[1] <= len(self.outer):

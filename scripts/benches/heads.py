@@ -118,7 +118,7 @@ def measured(subject: Subject) -> Iterator[list[list[str]]]:
         tasks = {"piqa": piqa(model, source.processor, subject.goals)} if subject.goals else {}
         return measure(list(subject.measures), model, source.model, held) | tasks
 
-    with quick_products():  # for all alike: what rounds products costs less than a ten thousandth of a nat
+    with quick_products():  # for all alike, and no less exact
         before = results(source.model)
         for removed in subject.removed:
             for label, prune in CONTENDERS.items():

@@ -90,7 +90,7 @@ def measured(subject: Subject, half: str) -> Iterator[list[list[str]]]:
     jobs += [(f"{count} layers less", DropAttention, {"remove": count}, DROPPING) for count in subject.removed]
     jobs = [job for job in jobs if half in ("", "factors" if job[1] is Factorize else "layers")]
     names = list(subject.measures)
-    with quick_products():  # for all alike: what rounds products costs less than a ten thousandth of a nat
+    with quick_products():  # for all alike, and no less exact
         before = measure(names, source.model, source.model, held) | other(source.model, source.model, held)
         for what, method, setting, contenders in jobs:
             for label, more in contenders.items():

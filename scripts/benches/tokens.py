@@ -97,7 +97,7 @@ def measured(subject: Subject) -> Iterator[list[list[str]]]:
     model, names = source.model, list(subject.measures)
     one, many = ({key: value[:number] for key, value in held[0].items() if key != "labels"} for number in (1, 32))
     left = partial(kept, one=one, whole=count(model, one))
-    with quick_products():  # for all alike: what rounds products costs less than a ten thousandth of a nat
+    with quick_products():  # for all alike, and no less exact
         before = measure(names, model, model, held)
     for share in subject.shares:
         for label, reduce in CONTENDERS.items():

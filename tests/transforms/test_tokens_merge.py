@@ -15,6 +15,7 @@ from compress.merge_search import Trial, within
 from compress.nn.token_match import Rule, bystanders, match, unmerge
 from compress.nn.token_merge import Tokens, carrying
 from compress.outputs import relative_error, run
+from compress.token_layout import guinea_pig, spares
 from compress.token_pictures import patches
 from compress.transform import Plan
 from compress.transforms.tokens.merge import Merge
@@ -229,14 +230,14 @@ def test_keys_are_compared_as_the_mean_of_the_heads_and_both_whole():
 
 def test_shares_and_counts_may_differ_by_block():
     model, pixels = image("vit")
-    for options in ({"ratio": (0.5, 0.25, 0.0)}, {"r": (8, 2, 0)}):
+    for options in ({"ratio": (0.5, 0.25, 0.0, 0.0)}, {"r": (8, 2, 0, 0)}):
         merged = compressed(model, **options)
         left = []
         for layer in merged.layers[:3]:
             layer.register_forward_hook(lambda layer, *_, seen=left: seen.append(layer.merge.tokens.size.shape[1]))
         answers(merged, {"pixel_values": pixels})
         assert left == [9, 7, 7]
-    with pytest.raises(CompressError, match="ratio has 2 entries, it must have 3"):
+    with pytest.raises(CompressError, match="ratio has 2 entries, it must have 4"):
         Merge(ratio=(0.1, 0.2)).plan(View(model))
     with pytest.raises(CompressError, match="ratio and flops are both given"):
         Merge(ratio=0.1, flops=0.7).plan(View(model))
@@ -318,7 +319,7 @@ def test_every_model_it_takes(name):
     out = answers(merged, batch)
     assert out.shape == stock.shape and out.isfinite().all() and not out.equal(stock)
     assert out.equal(answers(merged, batch)), "two runs must agree"
-    assert relative_error(out, stock) < 0.6
+    assert relative_error(out, stock) < 0.7
     assert Merge(r=0).plan(View(model)).edits == {}
     assert answers(model, batch).equal(stock), "the original must not be touched through its copy"
     # Nothing to merge: the hooks and cores are there and change no bit.
@@ -334,7 +335,7 @@ def test_every_model_it_takes(name):
         ("swin", "encoder.layers.0.blocks.0", "within windows"),
         ("t5", "encoder.block.0", "positions are those of the full input"),
         ("dit", "transformer_blocks.0", "hand on the full image"),
-        ("vit", "vit.layers.1", "last of its stack"),
+        ("whisper", "model.encoder.layers.1", "last of its stack"),
     ],
 )
 def test_refused_by_name_with_the_reason(name, path, reason):
@@ -343,6 +344,66 @@ def test_refused_by_name_with_the_reason(name, path, reason):
     assert path not in plan.edits and reason in plan.notes["refused"][path]
     with pytest.raises(CompressError, match=f"cannot change {re.escape(path)}: .*{re.escape(reason)}"):
         Merge(only=(path,)).plan(view)
+
+
+@pytest.mark.parametrize(
+    ("name", "point"),
+    [
+        ("vit", {"before": "layernorm_after", "mlp": "mlp"}),
+        ("dinov2", {"before": "norm2", "mlp": "mlp"}),
+        ("dinov3_vit", {"before": "norm2", "mlp": "mlp"}),
+        ("clip", {"before": "layer_norm2", "mlp": "mlp"}),
+        ("bert", {"after": "attention"}),
+        ("distilbert", {"after": ""}),
+    ],
+)
+def test_the_mlp_is_spared_where_a_block_shows_how(name, point):
+    view = View((models.MODELS | models.MORE)[name]()[0])
+    for edit in Merge().plan(view).edits.values():
+        assert {key: edit.get(key) for key in point} == point
+
+
+class Block(torch.nn.Module):
+    """A norm, an MLP and a residual, put together in one of several ways."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.norm, self.mlp = kind, torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        out = self.mlp(self.norm(x))
+        if self.kind in ("gated", "mixing"):
+            out = out * (x if self.kind == "gated" else out.mean(1, keepdim=True))
+        if self.kind == "normed behind":
+            return self.norm(x + out)
+        return x + (0.5 * out if self.kind == "scaled" else out)
+
+
+@pytest.mark.parametrize("kind", ["plain", "scaled", "gated", "normed behind", "mixing"])
+def test_only_an_mlp_that_is_added_to_what_it_reads_is_spared(kind):
+    x = draw(1, 4, 8).float()
+    with torch.no_grad():
+        found = spares(guinea_pig(Block(kind)), "mlp", lambda block: block(x))
+    assert found == ("norm" if kind in ("plain", "scaled") else "")
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.3}, {"r": 3, "match": "energy"}])
+def test_a_merge_inside_a_block_is_that_between_its_attention_and_its_mlp(options):
+    """As the paper has it, written out by hand."""
+    model, pixels = image("vit")
+    model, pixels = model.double(), pixels.double()
+    merged = compressed(model, proportional=False, **options)
+    seen, tokens = [], Tokens()
+    with torch.no_grad():
+        x = model.embeddings(pixels)
+        for layer, twin in zip(model.layers, merged.layers, strict=True):
+            x = tokens.merge(x + layer.attention(layer.layernorm_before(x))[0], twin.merge.rule)
+            x = x + layer.mlp(layer.layernorm_after(x))
+            twin.mlp.fc1.register_forward_hook(lambda *args, n=x.shape[1]: seen.append((args[1][0].shape[1], n)))
+        wanted = model.layernorm(unmerge(x, tokens.slot))
+    found = answers(merged, {"pixel_values": pixels})
+    assert len(seen) == 4 and all(read == left for read, left in seen) and seen[-1][1] < 12
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_a_merge_twice_is_refused():
@@ -365,11 +426,12 @@ def test_special_tokens_keep_their_place(name, kind, options, first):
     model, pixels = image(name, kind, **options)
     plan = Merge(ratio=0.5).plan(View(model))
     rules = [Rule(**edit["rule"]) for edit in plan.edits.values()]
-    assert [rule.first for rule in rules] == [first] * 3
+    assert [rule.first for rule in rules] == [first] * 4
     merged, kept, left = compressed(model, ratio=0.5), [], 16 + first
     for path, rule in zip(plan.edits, rules, strict=True):
         block, left = merged.get_submodule(path), left - rule.removes(left)
-        block.register_forward_hook(lambda block, *_: kept.append((block.merge.tokens.slot, block.merge.tokens.size)))
+        tokens = block.merge.tokens
+        block.mlp.register_forward_hook(lambda *_, tokens=tokens: kept.append((tokens.slot, tokens.size)))
     out = answers(merged, {"pixel_values": pixels})
     for slot, size in kept:
         assert slot[:, :first].equal(torch.arange(first).expand(3, -1)) and (size[:, :first] == 1).all()
@@ -395,7 +457,7 @@ def test_merging_equal_tokens_is_exact_when_they_weigh_what_they_stand_for(atten
     batch = {"pixel_values": doubled_images(model)}
     stock = answers(model, batch)
     for similarity in ("cosine", "euclidean"):
-        exact = answers(compressed(model, r=4, similarity=similarity, **{"except": ("layers.2",)}), batch)
+        exact = answers(compressed(model, r=4, similarity=similarity, **{"except": ("layers.2", "layers.3")}), batch)
         torch.testing.assert_close(exact, stock, rtol=1e-6, atol=1e-6)
     light = answers(compressed(model, r=4, proportional=False), batch)
     assert relative_error(light, stock) > 1e-3
@@ -571,11 +633,12 @@ def test_pictures_show_the_tokens_that_are_left():
     assert len(shown) == 2 and all(one["width"] == 4 and len(one["colours"]) == 16 for one in shown)
     method.apply(view, plan)
     seen = {}
-    for number, layer in enumerate(model.layers[:3]):
-        layer.register_forward_hook(lambda layer, *_, n=number: seen.__setitem__(n, layer.merge.tokens.slot))
+    for number, layer in enumerate(model.layers):
+        tokens = layer.merge.tokens
+        layer.mlp.register_forward_hook(lambda *_, n=number, tokens=tokens: seen.__setitem__(n, tokens.slot))
     answers(model, {"pixel_values": pixels[:2]})
     for at, one in enumerate(shown):
-        assert [*one["groups"]] == [f"layers.{number}" for number in range(3)]
+        assert [*one["groups"]] == [f"layers.{number}" for number in range(4)]
         for number, places in enumerate(one["groups"].values()):
             assert places == seen[number][at, 1:].tolist()
     grey = patches(torch.arange(64.0).view(1, 1, 8, 8), 4)

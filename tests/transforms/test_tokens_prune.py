@@ -32,7 +32,7 @@ def draw(*shape, seed=0):
 def pruned(x, score, keep, alive=None):
     """What a hook makes of x with these scores, and its state."""
     tokens = Tokens(alive=alive, score=score)
-    return PruneAfter(tokens, keep).prune(x), tokens
+    return PruneAfter(tokens, keep).fewer(x), tokens
 
 
 @settings(deadline=None, max_examples=60)

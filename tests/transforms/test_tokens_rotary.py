@@ -125,8 +125,8 @@ def test_a_head_that_pools_by_attention_counts_merged_tokens_for_all_they_stand_
     merged, _ = changed(model, Merge(ratio=0.4))
     seen, head = {}, merged.head
     last = merged.encoder.layers[-1]
-    last.register_forward_pre_hook(lambda module, args: seen.update(size=module.merge.tokens.size))
-    last.mlp.register_forward_hook(lambda module, args, output: seen.update(left=output.shape[1]))
+    tokens = last.merge.tokens
+    last.mlp.register_forward_pre_hook(lambda module, args: seen.update(size=tokens.size, left=args[0].shape[1]))
     head.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
     with torch.no_grad():
         pooled = merged(**images()).pooler_output

@@ -59,10 +59,10 @@ def test_hard_logits_are_means_of_clusters_and_copies_on_the_way_back():
 def test_special_tokens_stay_and_the_way_back_moves_each_token_as_its_parts():
     slim, again, x = module(), module(count=2), draw(2, 9, 32)
     again.tokens = slim.tokens
-    first = slim.slim(x)
+    first = slim.fewer(x)
     assert first.shape == (2, 4, 32) and first[:, 0].equal(x[:, 0])
     torch.testing.assert_close(slim.tokens.whole(first), x)
-    second = again.slim(first + 1)
+    second = again.fewer(first + 1)
     assert second.shape == (2, 3, 32)
     torch.testing.assert_close(slim.tokens.whole(second + 1), x + 2, msg="what all parts share all tokens get")
     share = slim.tokens.stages[0].share_BnK
@@ -72,7 +72,7 @@ def test_special_tokens_stay_and_the_way_back_moves_each_token_as_its_parts():
     torch.testing.assert_close(moved[:, 1:], x[:, 1:] + share @ step)
     assert slim.tokens.stages == []
     few = draw(1, 3, 32)
-    assert slim.slim(few).equal(few) and slim.tokens.stages == [], "two tokens are no more than three"
+    assert slim.fewer(few).equal(few) and slim.tokens.stages == [], "two tokens are no more than three"
 
 
 @settings(deadline=None, max_examples=20)
@@ -93,8 +93,8 @@ def test_the_beginning_finds_planted_clusters_wherever_they_are():
     x = centres[home] + 0.05 * draw(6, 12, 32, seed=1)
     told = settle(slim, x)
     assert told["by clusters"] < told["left out"] < 0.05
-    y, order = slim.slim(x), torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(slim.slim(x[:, order]), y, msg="tokens are found by what they are")
+    y, order = slim.fewer(x), torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(slim.fewer(x[:, order]), y, msg="tokens are found by what they are")
     share = slim.tokens.stages[0].share_BnK
     assert (share.argmax(2)[:, :, None] == share.argmax(2)[:, None]).equal((home[:, None] == home).expand(6, 12, 12))
     assert (share.amax(2) > 0.9).all()

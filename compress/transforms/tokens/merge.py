@@ -19,10 +19,12 @@ DINOv2-S on 560 photos, its schedule searched and repaired with 256 others: mean
 % of the FLOPs (the paper's .042, .178 and .938), accuracy .713, .693 and .677 of .729 (.714, .668 and .461). On MiniLM
 it gains nothing and is undone.
 
-Tokens are merged after the attention where a block shows them there (BERT), else at its end. On a sentence encoder of 6
-blocks (MiniLM, 96 passages of 64 tokens) the mean cosine distance of the embeddings at 65 % of the FLOPs is .120 by the
-keys' likeness, as the paper has it, .036 by the features' and .034 with the schedule searched for; of 128 others .035,
-with `importance: auto` .029.
+Tokens are merged between a block's attention and its MLP: after the attention where that has its residual with it
+(BERT); where the block keeps all tokens in a residual of its own (ViT), its MLP reads fewer, what it says of each is
+copied to all that it stands for, and the block's answer is brought to the fewer. Where neither can be seen to give the
+same, they are merged at its end (DistilBERT, Whisper). On a sentence encoder of 6 blocks (MiniLM, 96 passages of 64
+tokens) the mean cosine distance of the embeddings at 65 % of the FLOPs is .120 by the keys' likeness, as the paper has
+it, .036 by the features' and .034 with the schedule searched for; of 128 others .035, with `importance: auto` .029.
 
 Importance and other matchings bring little and not the same everywhere. At 59 % of the FLOPs with an equal count in
 every block, mean KL of a CIFAR-10 classifier (400 images) and of DINOv2-S (96 photos): .058 and .128 by every second
@@ -53,7 +55,7 @@ from typing import Annotated, ClassVar, Literal
 
 from compress.errors import CompressError
 from compress.nn.token_merge import MergeAfter, Rule
-from compress.token_stacks import after, grid, hand_on_fewer, reads_class_token, scoring
+from compress.token_stacks import grid, hand_on_fewer, places, reads_class_token, scoring
 from compress.transform import Field, Plan, Transform
 from compress.view import View
 
@@ -116,7 +118,7 @@ class Merge(Transform):
         if self.match == "criteria" and (self.similarity != "cosine" or "ward" in self.model_fields_set):
             name = "ward" if self.similarity == "cosine" else "similarity"
             raise CompressError(f"tokens.merge: {name} is given, it has no place in match: criteria")
-        found = {path: self._importance(settings) for path, settings in after(view).items() if self.takes(path)}
+        found = {path: self._importance(settings) for path, settings in places(view).items() if self.takes(path)}
         refused = {path: why for path, why in found.items() if isinstance(why, str)}
         taken = {path: settings for path, settings in found.items() if path not in refused}
         depths = zip(taken.items(), self._amounts(len(taken)), count(), strict=False)

@@ -72,7 +72,7 @@ class Pack(Transform):
             return Plan({})
         blocks = [block for block in chosen(view, "tokens.pack", self.blocks, quarters) if self.takes(block.path)]
         edits, refused = {}, {}
-        for path, found in shrinkable(view, blocks).items():
+        for path, found in shrinkable(view, blocks, inside=False).items():
             if isinstance(found, str):
                 refused[path] = found
             elif why := displaced(view, found):

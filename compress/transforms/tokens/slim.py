@@ -70,7 +70,7 @@ class Slim(Transform):
         blocks = {block.path: block for block in blocks if self.takes(block.path)}
         edits, refused, tokens = {}, {}, {}
         attentions = {attention.path: attention for attention in view.attentions()}
-        for path, found in shrinkable(view, list(blocks.values())).items():
+        for path, found in shrinkable(view, list(blocks.values()), inside=False).items():
             number = found if isinstance(found, str) else displaced(view, found) or patches(view, blocks[path])
             if isinstance(number, str):
                 refused[path] = number
