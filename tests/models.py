@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 
 import diffusers
@@ -29,6 +30,11 @@ def seeded(build):
 
 def tokens(length: int = 12, low: int = 3, high: int = 99, batch: int = 2):
     return torch.randint(low, high, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def handed(module, cache):
+    """A cache under the name that a model or an attention has for it, which transformers 5.24 changed."""
+    return {"cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values": cache}
 
 
 def noise(*shape: int):

@@ -12,7 +12,7 @@ from compress.errors import CompressError
 from compress.nn.fused_attention import FusedAttention
 from compress.outputs import relative_error, run
 from compress.view import View
-from models import MODELS
+from models import MODELS, handed
 
 
 class Plain(nn.Module):
@@ -103,7 +103,7 @@ def test_flash_style_prefill_in_chunks(window):
         model.config._attn_implementation_internal = "flash_attention_2"
         cache, parts = DynamicCache(), []
         for chunk in ids.split((4, 3, 2), 1):
-            parts.append(model(chunk, past_key_values=cache).logits)
+            parts.append(model(chunk, **handed(model, cache)).logits)
     assert torch.allclose(before, torch.cat(parts, 1), atol=1e-6)
 
 

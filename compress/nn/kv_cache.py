@@ -73,7 +73,7 @@ class QuantizedCacheLayer(DynamicLayer):
     unquantized: a prompt in one piece is answered as with any other cache.
     """
 
-    is_croppable = False  # only as far as the window reaches
+    is_croppable = True  # as far as the window reaches; what drafts are taken back is shorter
 
     def __init__(self, bits: int, group: int, window: int, sink: int) -> None:
         super().__init__()
@@ -173,15 +173,17 @@ class CacheHook:
 
     def __call__(self, attention, args: tuple, kwargs: dict) -> None:
         cache = kwargs.get(self.argument, args[self.place] if len(args) > self.place else None)
+        cache = kwargs.get("cache") if cache is None else cache  # continuous batching hands its own beside
         if cache is not None:
             self.install(cache, attention.layer_idx)
-        elif "cache" in kwargs:
-            raise CompressError("quantize.kv_cache: continuous batching pages the cache itself; use generate")
 
     def install(self, cache: Cache, index: int) -> None:
         """Put a quantized layer at this place of the cache."""
         if not isinstance(cache, Cache):
-            raise CompressError(f"quantize.kv_cache: the cache is a {type(cache).__name__}, it must be a DynamicCache")
+            raise CompressError(
+                f"quantize.kv_cache: the cache is a {type(cache).__name__}, it must be a DynamicCache (not the "
+                "pages of continuous batching; use generate)"
+            )
         if cache.layer_class_to_replicate is DynamicLayer:
             cache.layers += [DynamicLayer() for _ in range(len(cache.layers), index + 1)]
         layer = cache.layers[index]

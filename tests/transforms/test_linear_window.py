@@ -17,7 +17,7 @@ from compress.outputs import run
 from compress.transform import Plan
 from compress.transforms.linear.window import Window
 from compress.view import View
-from models import MODELS
+from models import MODELS, handed
 
 SMALL = Window(window=3, special=1, radius=1)
 
@@ -237,7 +237,7 @@ def test_decoding_token_by_token_is_the_prefill(name, pad):
         for low, high in [(0, 7), (7, 9), *((i, i + 1) for i in range(9, 24))]:
             out = model(
                 input_ids=ids[:, low:high], attention_mask=mask[:, :high], position_ids=places[:, low:high],
-                past_key_values=cache, use_cache=True,
+                **handed(model, cache), use_cache=True,
             )  # fmt: skip
             cache, parts = out.past_key_values, [*parts, out.logits]
     assert torch.allclose(full[mask.bool()], torch.cat(parts, 1)[mask.bool()], atol=1e-5)
@@ -288,7 +288,7 @@ def test_a_core_below_still_sees_all_keys():
     with torch.no_grad():
         cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
         assert [core.keys for core in below] == [16, 16]
-        model(input_ids=ids[:, -1:], past_key_values=cache)
+        model(input_ids=ids[:, -1:], **handed(model, cache))
     assert [core.keys for core in below] == [17, 17]
 
 

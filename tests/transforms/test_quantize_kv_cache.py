@@ -25,7 +25,7 @@ from compress.nn.kv_cache import (
 from compress.outputs import relative_error
 from compress.transforms.quantize.kv_cache import TOKENS, KvCache, cache_bytes
 from compress.view import View
-from models import MODELS
+from models import MODELS, handed
 
 SMALL = {"bits": 4, "group": 4, "window": 8, "sink": 2}
 
@@ -176,8 +176,8 @@ def test_fewer_bits_err_more(llama):
         expected = llama(prompt).logits[:, -1]
         for bits in (8, 4, 2):
             model, cache = applied(llama, **(SMALL | {"bits": bits})), DynamicCache(config=llama.config)
-            model(prompt[:, :-1], past_key_values=cache)
-            errors.append(relative_error(model(prompt[:, -1:], past_key_values=cache).logits[:, -1], expected))
+            model(prompt[:, :-1], **handed(model, cache))
+            errors.append(relative_error(model(prompt[:, -1:], **handed(model, cache)).logits[:, -1], expected))
     assert 0 < errors[0] < errors[1] / 4 < errors[2] / 8
 
 
@@ -187,9 +187,9 @@ def test_any_dynamic_cache_serves_also_one_begun_by_the_original(cache):
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99)).eval()
     ours, prompt = applied(model, **SMALL), ids(40)
     with torch.no_grad():
-        begun = model(prompt, past_key_values=cache(), use_cache=True)
+        begun = model(prompt, **handed(model, cache()), use_cache=True)
         cache = begun.past_key_values
-        answer = ours(prompt[:, :1], past_key_values=cache).logits
+        answer = ours(prompt[:, :1], **handed(model, cache)).logits
     assert cache.get_seq_length() == 41 and all(isinstance(layer, QuantizedCacheLayer) for layer in cache.layers)
     with torch.no_grad():
         plain = model(torch.cat([prompt, prompt[:, :1]], 1)).logits[:, -1:]
@@ -208,11 +208,12 @@ def test_other_caches_are_refused_by_name(llama):
     with pytest.raises(CompressError, match="StaticLayer"):
         generate(model, prompt, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(CompressError, match="StaticLayer"), torch.no_grad():
-        model(prompt, past_key_values=StaticCache(config=llama.config, max_cache_len=9))
-    with pytest.raises(CompressError, match="continuous batching"), torch.no_grad():
-        model(prompt, cache=object(), use_cache=False)
-    with pytest.raises(CompressError, match="list"), torch.no_grad():
-        model.model.layers[0].self_attn(torch.zeros(1, 1, 64), past_key_values=[])
+        model(prompt, **handed(model, StaticCache(config=llama.config, max_cache_len=9)))
+    attention, x = model.model.layers[0].self_attn, torch.zeros(1, 1, 64)
+    with pytest.raises(CompressError, match="is a object, .* continuous batching"):
+        attention(x, cache=object())
+    with pytest.raises(CompressError, match="is a list"):
+        attention(x, **handed(attention, []))
 
 
 def test_layers_that_keep_a_window_are_left_alone():

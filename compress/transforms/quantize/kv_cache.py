@@ -33,7 +33,7 @@ from compress.transform import Field, Plan, Transform
 if TYPE_CHECKING:
     from compress.view import View
 
-NAMES = ("past_key_values", "layer_past")  # as attentions call the cache that they are handed
+NAMES = ("cache", "past_key_values", "layer_past")  # as models and attentions call the cache that they are handed
 TOKENS = 2048  # of the cache whose bytes are told
 
 
@@ -96,7 +96,7 @@ def sites(view: View, method: KvCache) -> tuple[list[str], dict[str, str]]:
 
 
 def argument(module: nn.Module) -> tuple[str, int] | None:
-    """Name and place of the argument in which an attention is handed the cache."""
+    """Name and place of the argument in which an attention or a model is handed the cache."""
     names = list(inspect.signature(module.forward).parameters)
     return next(((name, names.index(name)) for name in NAMES if name in names), None)
 
@@ -152,8 +152,7 @@ def by_pieces(model: nn.Module, hooks: dict[str, CacheHook], ids: Tensor, mask: 
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     for path, hook in hooks.items():
         hook.install(cache, model.get_submodule(path).layer_idx)
-    pieces = range(0, ids.shape[1], step)
+    handed, pieces = {argument(model)[0]: cache}, range(0, ids.shape[1], step)
     return torch.cat([
-        model(input_ids=ids[:, at : at + step], attention_mask=mask[:, : at + step], past_key_values=cache).logits
-        for at in pieces
+        model(input_ids=ids[:, at : at + step], attention_mask=mask[:, : at + step], **handed).logits for at in pieces
     ], 1)  # fmt: skip
