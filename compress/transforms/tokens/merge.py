@@ -159,13 +159,11 @@ class Merge(Transform):
             edits = within(trial, edits, budget)
         if self.metric == "auto":
             edits, notes["metric"] = choose_metric(trial, edits)
-        if budget is not None:
-            edits, notes["schedules"] = choose_ratios(trial, edits, budget)
         if self.importance == "auto":
             edits, notes["importance"] = choose_importance(view, edits, few, self.apply)
             trial = Trial.of(view, edits, few, self.apply)
-            if budget is not None:  # scoring takes some of the operations
-                edits, notes["schedules"] = choose_ratios(trial, edits, budget)
+        if budget is not None:
+            edits, notes["schedules"] = choose_ratios(trial, edits, budget)
         if self.repair:
             first = max(edit["rule"]["first"] for edit in edits.values())
             notes["remarks"] = [repair_tokens(view, trial.following(edits), batches, first)]

@@ -15,6 +15,7 @@ from compress_kernels.attention.products_source import SOURCE as PRODUCTS
 from compress_kernels.native import build
 from compress_kernels.native_torch import SOURCE as SHARED
 from compress_kernels.timing import trusted
+from compress_kernels.token_merge.narrow_source import SOURCE as NARROW
 from compress_kernels.token_merge.reference import Merged, reference
 from compress_kernels.token_merge.source import SOURCE
 
@@ -23,7 +24,7 @@ SCHEMA = (
     "(Tensor x, Tensor metric, Tensor size, Tensor fixed, Tensor? alive, Tensor? rows, int r, bool euclidean, "
     "float ward, Tensor? price=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-CODE = SHARED + PRODUCTS + SOURCE
+CODES = (SHARED + PRODUCTS + SOURCE, NARROW + SOURCE)  # the first that this processor knows the instructions of
 FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -77,9 +78,15 @@ def on_gpu() -> Callable:
 
 
 @cache
+def library() -> ctypes.CDLL | None:
+    """The C kernel as this processor can run it, or None where it cannot."""
+    return next(filter(None, map(build, CODES)), None)
+
+
+@cache
 def accelerated() -> bool:
     """Is there a C kernel, and does it give the same here?"""
-    if build(CODE) is None:
+    if library() is None:
         return False
     generator = torch.Generator().manual_seed(0)
     x, fixed = torch.randn(2, 33, 40, generator=generator), torch.zeros(1, 33, dtype=torch.bool)
@@ -108,7 +115,7 @@ def on_cpu(
         tokens if len(fixed) > 1 else 0, *(0 if tensor is None else tensor.data_ptr() for tensor in (alive, rows)),
         batch, tokens, width, depth, r, euclidean, ward, None if price is None else price.data_ptr(),
     )  # fmt: skip
-    if build(CODE).token_merge(ctypes.byref(call)):
+    if library().token_merge(ctypes.byref(call)):
         raise MemoryError("token_merge found no memory for its scratch space")
     return found
 

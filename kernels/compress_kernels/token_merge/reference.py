@@ -16,6 +16,7 @@ from torch import Tensor
 
 LEAST = 1e-12  # a length of nothing
 
+
 class Merged(NamedTuple):
     """The tokens after a merge, and what went where."""
 
