@@ -18,7 +18,8 @@ def probabilities(
     if causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~seen, -torch.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    if mask is None:
+        return scores.softmax(-1)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    blind = scores.amax(-1, keepdim=True) == -torch.inf
     return scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)

@@ -39,7 +39,7 @@ SUBJECTS = {
         (0.75, 0.6, 0.45),
     ),
     "dinov2": Subject(
-        "dinov2-vits14-grocery", ("grocery/train", 256), ("grocery/test", 560), ("kl", "accuracy"), (0.75, 0.6, 0.45)
+        "dinov2-vits14-grocery", ("grocery/train", 512), ("grocery/test", 1322), ("kl", "accuracy"), (0.75, 0.6, 0.45)
     ),
 }  # fmt: skip
 

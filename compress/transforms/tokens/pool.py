@@ -1,13 +1,13 @@
 """Average the grid of an image's tokens two by two between blocks: the control that any merging has to beat.
 
-After the blocks named, each cell of two by two tokens goes on as its mean, so that a quarter of the tokens is left; an
-odd grid has narrow cells at its right and lower edge. A token that stands for s others counts s times, in later means
-and as a key: log s is added to its attention logits. Class, distillation and register tokens stay as they are. The last
-block's output is copied back to all places, so that pooling, dense heads and patch features find every token where it
-was. It looks at no token, costs next to nothing and works for images of any size. Needs no data; where there is some,
-the MLPs are refit in closed form to what the whole tokens were, as in tokens.merge (`repair`), which gains most here: a
-CIFAR-10 classifier at .587 of the FLOPs has a mean KL of .496 without and .141 with 512 images (1,000 others,
-accuracy .858: .654 and .783).
+From the attention of the blocks named on, each cell of two by two tokens goes on as its mean, so that a quarter of the
+tokens is left; an odd grid has narrow cells at its right and lower edge. A token that stands for s others counts s
+times, in later means and as a key: log s is added to its attention logits. Class, distillation and register tokens stay
+as they are. The last block's output is copied back to all places, so that pooling, dense heads and patch features find
+every token where it was. It looks at no token, costs next to nothing and works for images of any size. Needs no data;
+where there is some, the MLPs are refit in closed form to what the whole tokens were, as in tokens.merge (`repair`),
+which gains most here: a CIFAR-10 classifier at .587 of the FLOPs has a mean KL of .496 without and .141 with 512 images
+(1,000 others, accuracy .858: .654 and .783).
 
 When it hurts: it averages over edges as over sky; what merging by likeness (tokens.merge) gains over it is what looking
 at the tokens is worth. A CIFAR-10 classifier of 9 blocks (65 tokens, 500 images, accuracy .812) kept .764 at .83 and

@@ -1,25 +1,24 @@
 """Keep the tokens that attention looks at, and fuse the rest into one, so that later blocks work on fewer.
 
-After each of the blocks named a share of the tokens goes on; the others are replaced by one token, their mean weighted
-by their scores (a convex combination; the paper's weights do not sum to one), which later competes like the rest. A
-score is what the class token's attention gives a token (EViT; in a text the first token's), that times the length of
-the token's value (`value_aware`, after ATS), or the mean of what 16 queries evenly spaced give it (`received`, for
-models without a class token). Only these rows of the attention matrix are computed. `select: spread` takes tokens at
-even steps through the running sum of the scores, as ATS samples them, and fills up with the highest. With
-`proportional` a fused token that stands for s others counts s times as a key. Class, distillation and register tokens,
-a text's first and last token and padding stay as they are. The last block's output is copied back to all places, the
-fused token to all it stands for, so that shapes are as before. Needs no data; where there is some, MLPs are refit as in
-tokens.merge (`repair`), unless answers to held-out data get no nearer: so far they did not.
+From the attention of each of the blocks named on, a share of the tokens goes on; the others are replaced by one token,
+their mean weighted by their scores (a convex combination; the paper's weights do not sum to one), which later competes
+like the rest. A score is what the class token's attention gives a token (EViT; in a text the first token's), that times
+the length of the token's value (`value_aware`, after ATS), or the mean of what 16 queries evenly spaced give it
+(`received`, for models without a class token). Only these rows of the attention matrix are computed. `select: spread`
+takes tokens at even steps through the running sum of the scores, as ATS samples them, and fills up with the highest.
+With `proportional` a fused token that stands for s others counts s times as a key. Class, distillation and register
+tokens, a text's first and last token and padding stay as they are. The last block's output is copied back to all
+places, the fused token to all it stands for, so that shapes are as before. Needs no data; where there is some, MLPs are
+refit as in tokens.merge (`repair`), unless answers to held-out data get no nearer: so far they did not.
 
 When it hurts: it goes by importance and not by likeness, so merging (tokens.merge) keeps more, though pooling keeps
 less. DINOv2-S on 60 photos, accuracy .700: at .68 of the FLOPs .617 and a mean KL of .33, where tokens.pool had .433
 and .67, tokens.merge .650 and .07 (at .67). There EViT's own score brought .40, `spread` and `received` no gain, and
 `proportional` .56. Dense read-outs get one and the same feature wherever nothing looked: not for segmentation or depth.
-Mean pooling counts the fused token for all it stands for. Small models and early blocks suffer most. The paper prunes
-before the MLP of a block; here it is after it where the block has no module for attention with its residual. Hidden
-states asked for from between the blocks have fewer tokens than the input. Log sizes go as an attention mask, half
-precision on GPUs: inside the keys. Rotary positions go with the tokens (DINOv3); not for causal decoders, windows,
-relative positions and diffusion models.
+Mean pooling counts the fused token for all it stands for. Small models and early blocks suffer most. It happens before
+the MLP of a block, as in the paper, where tokens.merge could, else behind it. Hidden states asked for from between the
+blocks have fewer tokens than the input. Log sizes go as an attention mask, half precision on GPUs: inside the keys.
+Rotary positions go with the tokens (DINOv3); not for causal decoders, windows, relative positions and diffusion models.
 
 Papers: "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations", Liang, Ge, Tong,
 Song, Wang, Xie, 2022; "Adaptive Token Sampling For Efficient Vision Transformers", Fayyaz, Abbasi Koohpayegani, Rezaei
