@@ -195,6 +195,17 @@ def hidden_readers(modules: dict[str, nn.Module], norm: str, consumers: list[str
     return any(is_linear(modules[path]) and width_in(modules[path]) == width for path in near)
 
 
+class Alone(nn.Module):
+    """A module without its hooks, such as those that merge tokens in front of it."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module.forward(*args, **kwargs)
+
+
 def norm_form(norm: nn.Module, args: tuple, kwargs: dict, output: Tensor, place: Fold) -> Iterator[Fold]:
     """The fold with the dimension and the offset under which scaling the norm's tensors scales its output."""
     factor = powers_of_two(place.channels, output)
@@ -202,9 +213,9 @@ def norm_form(norm: nn.Module, args: tuple, kwargs: dict, output: Tensor, place:
         if output.shape[dim] != place.channels:
             continue
         for offset in (0, 1):
-            scaled = {name: p.detach() * factor for name, p in norm.named_parameters()}
-            scaled["weight"] = scaled["weight"] + offset * (factor - 1)
-            got = torch.func.functional_call(norm, scaled, args, kwargs)
+            scaled = {f"module.{name}": p.detach() * factor for name, p in norm.named_parameters()}
+            scaled["module.weight"] = scaled["module.weight"] + offset * (factor - 1)
+            got = torch.func.functional_call(Alone(norm), scaled, args, kwargs)
             if relative_error(got, output * along(factor, output, dim)) <= torch.finfo(output.dtype).eps:
                 yield Fold(**{**vars(place), "dim": dim, "offset": offset})
                 return

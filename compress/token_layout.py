@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.attend import attend_through
-from compress.blocks import Block
 from compress.errors import CompressError
 from compress.nn.token_merge import on_first, turned
 from compress.nn.window import ImageSize
+from compress.outputs import answer
 from compress.roles import parent_of, width_in
-from compress.stacks import tensors
 from compress.structure import Attention
-from compress.view import View
+from compress.view import Block, View
 
 LEADING = ("cls_token", "class_token", "class_embedding", "distillation_token", "register_tokens")
 UNUSED = ("mask_token",)  # takes the place of patches, adds none
@@ -170,7 +169,7 @@ def tokens_alone(block: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
     needed = [each for each in known.values() if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
     others = {each.name: None for each in needed[1:]}
     others |= {"position_embeddings": tuple(rows)} if "position_embeddings" in known else {}
-    return tensors(block(x, **others))[0]
+    return answer(block(x, **others))
 
 
 def guinea_pig(module: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 
 from compress.folds import find_folds, fold
 from compress.outputs import relative_error, run
+from compress.transforms.tokens.merge import Merge
 from compress.view import View
 from models import MODELS, MORE
 
@@ -127,3 +128,13 @@ def test_answers_that_are_not_finite_prove_nothing():
 def test_low_precision_finds_the_same(dtype):
     model, batch = MODELS["llama"]()
     assert find_folds(View(model.to(dtype)), batch) == find_folds(View(model.float()), batch)
+
+
+def test_a_norm_before_which_tokens_merge_folds_as_ever():
+    """Its hook would merge again what it is tried with."""
+    model, batch = MODELS["vit"]()
+    stock = {(fold.producer, fold.kind) for fold in find_folds(View(model), batch)}
+    view, method = View(model), Merge(ratio=0.3, metric="keys")
+    method.apply(view, method.plan(view))
+    found = {(fold.producer, fold.kind) for fold in find_folds(View(model), batch)}
+    assert found == stock and any("layernorm_after" in producer for producer, _ in found)
