@@ -315,11 +315,11 @@ ENCODERS = ["bert", "vit", "dinov2", "clip", "whisper"]
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_model_it_takes(name):
     model, batch = models.MODELS[name]()
-    stock, merged = answers(model, batch), compressed(model, ratio=0.3)
+    stock, merged = answers(model, batch), compressed(model, ratio=0.25)
     out = answers(merged, batch)
     assert out.shape == stock.shape and out.isfinite().all() and not out.equal(stock)
     assert out.equal(answers(merged, batch)), "two runs must agree"
-    assert relative_error(out, stock) < 0.7
+    assert relative_error(out, stock) < 0.6
     assert Merge(r=0).plan(View(model)).edits == {}
     assert answers(model, batch).equal(stock), "the original must not be touched through its copy"
     # Nothing to merge: the hooks and cores are there and change no bit.

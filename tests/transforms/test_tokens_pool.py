@@ -17,6 +17,7 @@ from compress.nn.token_pool import PoolAfter, cells, halved, pooling
 from compress.nn.window import ImageSize
 from compress.outputs import relative_error, run
 from compress.transform import Plan
+from compress.transforms.heads.exact import Exact
 from compress.transforms.tokens.merge import Merge
 from compress.transforms.tokens.pool import Pool
 from compress.view import View
@@ -212,6 +213,9 @@ def test_what_it_cannot_follow_is_refused():
     model, batch = image("vit")
     with pytest.raises(CompressError, match="blocks has 4, it must be from 0 to 3"):
         Pool(blocks=(4,)).plan(View(model))
+    reader, _ = models.MODELS["vit"]()
+    Exact().apply(View(reader), Exact().plan(View(reader)))  # computes its class token only in the last block
+    assert "last of its stack" in str(Pool(blocks=(1,)).plan(View(reader)).notes)
     merged = compressed(model)
     assert "merges tokens already" in str(Merge().plan(View(merged)).notes)
     assert "merges tokens already" in str(Pool().plan(View(merged)).notes)

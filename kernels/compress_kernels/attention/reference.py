@@ -31,7 +31,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
         else:
             mask = mask & below if mask.dtype == torch.bool else mask.masked_fill(~below, -torch.inf)
         causal = False
-    if mask is not None and mask.dtype != torch.bool:
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         least = torch.finfo(query.dtype).min  # what lies below would become -inf, and a row of that zeros, not a mean
         mask = mask.to(query.dtype).masked_fill((mask < least) & mask.isfinite(), least)
     grouped = query.shape[1] != key.shape[1]
