@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from functools import partial
+from time import sleep
 
 import pytest
 import torch
@@ -265,6 +266,19 @@ def test_latency_leaves_out_what_cannot_run():
     times, stock = latency(Picky(3, 3), Picky(3, 3), [{"input": torch.zeros(2, 3)}], rounds=7)
     assert set(times) == {"compressed", "original"}
     assert stock == "original"
+
+
+def test_latency_does_not_wait_for_a_type_that_the_processor_emulates():
+    turns = []
+
+    class Emulated(nn.Linear):
+        def forward(self, input):
+            if input.dtype == torch.bfloat16:
+                turns.append(sleep(0.05))
+            return super().forward(input)
+
+    times, stock = latency(Emulated(3, 3), Emulated(3, 3), [{"input": torch.zeros(2, 3)}], rounds=7)
+    assert set(times) == {"compressed", "original"} and stock == "original" and len(turns) == 2
 
 
 def test_a_denoiser_is_timed_and_counted_over_a_whole_sampling():
