@@ -18,7 +18,7 @@ from compress.view import View
 from compress_kernels.int8_linear import accelerated, int8_linear, plain
 from compress_kernels.int8_linear.reference import quantize_rows, reference
 from compress_kernels.int8_linear.torch_path import FUNCTIONS, integer_product
-from compress_kernels.timing import paired, trusted
+from compress_kernels.timing import paired, right, trusted
 from models import MODELS
 
 SHAPES = [(1, 3, 5), (2, 1, 4), (3, 17, 1), (17, 63, 129), (63, 64, 32), (300, 33, 65), (2, 1537, 7), (97, 100, 200)]
@@ -389,6 +389,7 @@ def test_only_right_and_fast_paths_are_trusted():
     assert not trusted(lambda: fast() * torch.nan, fast, x @ x, 1e-6)
     assert not trusted(missing, fast, x @ x, 1e-6)
     assert not trusted(slow, fast, x @ x, 1e-6)
+    assert right(slow, x @ x, 1e-6), "no clock is asked of our own kernels"
 
 
 def test_paired_times_every_function():

@@ -11,7 +11,7 @@ from compress_kernels.int8_linear import KINDS, int8_linear
 from compress_kernels.int8_mlp.source import SOURCE
 from compress_kernels.native import build
 from compress_kernels.native_torch import SOURCE as SHARED
-from compress_kernels.timing import trusted
+from compress_kernels.timing import right
 
 NAME = "compress::int8_mlp"
 LAYER = "Tensor {0}, Tensor {0}_scale, Tensor? {0}_bias, Tensor? {0}_factor"
@@ -56,7 +56,7 @@ def accelerated() -> bool:
     x = torch.randn(130, 100, generator=generator)
     arguments = x, *layer(100, 200), *layer(200, 70), KINDS.index("gelu"), 64
     expected = plain(*arguments)
-    if not trusted(lambda: torch.ops.compress.int8_mlp_native(*arguments), lambda: plain(*arguments), expected, 0):
+    if not right(lambda: torch.ops.compress.int8_mlp_native(*arguments), expected, 0):
         return False
     return library.install(b"int8_mlp") == 0
 
