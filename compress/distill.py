@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.outputs import answer, inputs
 from compress.progress import track
+from compress.resuming import trainings
 
 Example = TypeVar("Example")
 RATE = 0.01  # of layer-wise training, of each weight's own size
@@ -22,23 +23,28 @@ def train(
 ) -> None:  # fmt: skip
     """Adam on `loss(an example, the share of the steps that are done)`; what is trained asks for gradients afterwards.
 
-    The rate is a share of each weight's own size and falls to zero, so that models of any scale move alike.
+    The rate is a share of each weight's own size and falls to zero, so that models of any scale move alike. In a run
+    that was killed in this training it goes on where it was.
     """
     for weight in weights:
         weight.requires_grad_()
     adam = torch.optim.Adam([{"params": [weight], "lr": rate * size_of(weight)} for weight in weights])
-    fall = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
     generator = torch.Generator().manual_seed(0)
-    for step in track(range(steps), "distillation", steps):
-        example = examples[torch.randint(len(examples), (), generator=generator).item()]
+    order = [torch.randint(len(examples), (), generator=generator).item() for _ in range(steps)]
+    rates, kept = [group["lr"] for group in adam.param_groups], trainings()
+    first = kept.begin(weights, adam) if kept else 0
+    for step in track(range(first, steps), "distillation", steps - first):
+        for group, own in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = own * (1 - step / steps)
         adam.zero_grad()
         with torch.enable_grad():
-            found = loss(example, (step + 1) / steps)
+            found = loss(examples[order[step]], (step + 1) / steps)
         if not found.isfinite():
             raise CompressError("the distillation diverged; give fewer steps")
         found.backward()
         adam.step()
-        fall.step()
+        if kept:
+            kept.keep(step + 1, weights, adam)
 
 
 def size_of(weight: Tensor) -> float:

@@ -104,6 +104,10 @@ class Journal:
         """The file of the weights after so many steps."""
         return self.folder / f"step-{steps}.safetensors"
 
+    def training(self, steps: int) -> tuple[Path, str]:
+        """Where a training after so many steps keeps its state until its own step is done, and what run it is of."""
+        return self.folder / f"step-{steps}-training.safetensors", self.fingerprint
+
     def add(self, model: nn.Module, step: dict) -> None:
         """Keep a finished step: first the weights after it, then the list that names them."""
         self.steps = [*self.steps, step]

@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 
 import numpy
@@ -20,6 +21,7 @@ from compress.outputs import relative_error, run
 from compress.progress import say
 from compress.recipe import Recipe, Step
 from compress.replay import record, replay
+from compress.resuming import resumable
 from compress.source import Source
 from compress.transform import Plan, Transform, find
 from compress.view import View
@@ -48,7 +50,8 @@ def run_steps(
             continue
         say(f"step {number + 1} of {len(recipe.steps)}: {step.use}")
         seed_everything(recipe.seed + number)
-        row = run_step(source.model, step, batches, rows, probe)
+        with resumable(*journal.training(number)) if journal else nullcontext():
+            row = run_step(source.model, step, batches, rows, probe)
         row["ledger"] |= standing(source.model, probe, reference)
         rows.append(row)
         if journal:
