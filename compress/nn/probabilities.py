@@ -13,8 +13,7 @@ def probabilities(
 
     A row that sees nothing is 0, as there.
     """
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = query @ per_query(key, query).transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~seen, -torch.inf)
@@ -23,3 +22,9 @@ def probabilities(
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     blind = scores.amax(-1, keepdim=True) == -torch.inf
     return scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+
+
+def per_query(shared: Tensor, query: Tensor) -> Tensor:
+    """Keys or values with a head for every head of the queries."""
+    groups = query.shape[1] // shared.shape[1]
+    return shared if groups == 1 else shared.repeat_interleave(groups, 1)

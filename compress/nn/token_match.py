@@ -57,7 +57,8 @@ def bystanders(rule: Rule, tokens: int, alive: Tensor | None, device) -> Tensor:
     """The tokens (1 or B,n) that take no part: the protected ones of each row, and padding."""
     if alive is None:
         position = torch.arange(tokens, device=device)[None]
-        return (position < rule.first) | (position >= tokens - int(rule.last))
+        first = position < rule.first
+        return first | (position == tokens - 1) if rule.last else first
     rank = alive.cumsum(1)
     return ~alive | (rank <= rule.first) | (rank > rank[:, -1:] - int(rule.last))
 

@@ -17,7 +17,6 @@ from compress_kernels.token_merge import token_merge
 from compress_kernels.token_merge.reference import Matching, Merged, merge, take, wide
 
 LEAST = 1e-30  # a score of nothing, so that the others can always be weighed
-RARE = 1e-3  # of the mean importance: what nobody looks at is no cheaper than that
 MASKED = -1000.0  # an additive mask below this hides a key; learned position biases stay far above
 
 
@@ -53,7 +52,7 @@ class Tokens:
         rows = None if self.alive is None else rule.removes_rows(self.alive.sum(1))
         fixed = bystanders(rule, tokens, self.alive, x.device)
         metric = self.compared(x, rule.metric)
-        weight = None if rule.importance == "none" else self.weight(fixed)
+        weight = None if rule.importance == "none" else self.weight()
         if rule.margin is None and rule.match == "bipartite":
             euclidean, price = rule.similarity == "euclidean", None if weight is None else weight.pow(PRICE)
             found = token_merge(x, metric, self.size, fixed, self.alive, rows, r, euclidean, rule.ward, price)
@@ -73,11 +72,10 @@ class Tokens:
         parts = x, self.keys.transpose(1, 2).flatten(2)
         return torch.cat([F.normalize(part.to(wide(x.dtype)), dim=-1) for part in parts], -1)
 
-    def weight(self, fixed: Tensor) -> Tensor:
-        """How important each token is by its score, by the original one, against the mean of all that may merge."""
-        score, self.score = self.score / self.size.clamp(min=1), None
-        mean = (score * ~fixed).sum(1, keepdim=True) / (~fixed).expand_as(score).sum(1, keepdim=True).clamp(min=1)
-        return (score / mean.clamp(min=LEAST)).clamp(min=RARE)
+    def weight(self) -> Tensor:
+        """How important each token is by its score, by the original one; only how they compare counts."""
+        score, self.score = self.score, None
+        return (score / self.size.clamp(min=1)).clamp(min=LEAST)
 
     def begin(self, x: Tensor) -> None:
         """Before the first change: every token of x stands for itself, and padding for none."""
@@ -144,7 +142,9 @@ class Sized(nn.Module):
 
     def _log_size(self, others: int) -> Tensor:
         log_size = self.tokens.size.clamp(min=1).log()
-        return F.pad(log_size, (others, 0) if self.text == "before" else (0, others))[:, None, None]
+        if others:
+            log_size = F.pad(log_size, (others, 0) if self.text == "before" else (0, others))
+        return log_size[:, None, None]
 
     def _left(self, mask: Tensor) -> Tensor:
         """The rows and columns of the mask that belong to the tokens that are left."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.nn.probabilities import probabilities
+from compress.nn.probabilities import per_query, probabilities
 from compress.nn.token_match import MILLION, bystanders
 from compress.nn.token_merge import LEAST, MergeAfter, Tokens
 from compress_kernels.token_merge.reference import Matching, take, wide
@@ -34,9 +34,9 @@ class Keep:
         return torch.minimum(wanted, tokens) if isinstance(tokens, Tensor) else min(wanted, tokens)
 
 
-def class_rows(alive: Tensor | None, batch: int, device) -> Tensor:
+def class_rows(alive: Tensor) -> Tensor:
     """The place of each row's class token, its first that is not padding (B,1)."""
-    return torch.zeros(batch, 1, dtype=torch.long, device=device) if alive is None else alive.int().argmax(1)[:, None]
+    return alive.int().argmax(1)[:, None]
 
 
 def even_rows(alive: Tensor | None, batch: int, tokens: int, device) -> Tensor:
@@ -65,18 +65,25 @@ class Score(nn.Module):
         self.tokens, self.by = tokens, by
 
     def forward(self, module, query, key, value, mask, scale, causal, **kwargs) -> Tensor:
-        batch, alive = query.shape[0], self.tokens.alive
-        if self.by == "received":
-            rows = even_rows(alive, batch, query.shape[2], query.device)
-        else:
-            rows = class_rows(alive, batch, query.device)
-        given = attention_of(rows, query, key, mask, scale)
+        given = self.given(query, key, mask, scale)
         if self.by == "value_aware":  # the length of what each token adds to the class token, all heads side by side
-            length = value.to(given.dtype).norm(dim=-1).repeat_interleave(query.shape[1] // value.shape[1], 1)
-            self.tokens.score = (given[:, :, 0] * length).norm(dim=1)
+            added = given[:, :, 0, :, None] * per_query(value.to(given.dtype), query)
+            self.tokens.score = added.square().sum((1, 3)).sqrt()
         else:
             self.tokens.score = given.mean((1, 2))
         return self.inner(module, query, key, value, mask, scale, causal, **kwargs)
+
+    def given(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """What the queries that are asked give each key (B,H,R,n)."""
+        alive, (batch, _, tokens, _) = self.tokens.alive, query.shape
+        if self.by == "received":
+            return attention_of(even_rows(alive, batch, tokens, query.device), query, key, mask, scale)
+        if alive is not None:
+            return attention_of(class_rows(alive), query, key, mask, scale)
+        # No mask ever came but the log sizes: every row sees something. For one text each operation less counts.
+        asked, key = (x.to(wide(x.dtype)) for x in (query[:, :, :1], per_query(key, query)))
+        scores = asked * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-1, -2)
+        return (scores if mask is None else scores + mask).softmax(-1)
 
     def extra_repr(self) -> str:
         return f"by={self.by}"

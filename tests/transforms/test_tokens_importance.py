@@ -153,13 +153,12 @@ def test_the_more_attention_looks_at_tokens_the_more_does_their_merge_cost():
         assert match(x, 1, rule=rule, weight=torch.tensor([[9.0, 9.0, 0.1, 0.1]])).gone.tolist() == [[2]]
 
 
-def test_importance_is_by_original_token_against_the_mean_of_those_that_may_merge():
+def test_importance_is_by_original_token():
     tokens = Tokens(size=torch.tensor([[1.0, 2.0, 4.0]]), score=torch.tensor([[9.0, 2.0, 12.0]]))
-    fixed = torch.tensor([[True, False, False]])
-    torch.testing.assert_close(tokens.weight(fixed), torch.tensor([[4.5, 0.5, 1.5]]))
+    torch.testing.assert_close(tokens.weight(), torch.tensor([[9.0, 1.0, 3.0]]))
     assert tokens.score is None, "it is of one attention only"
     nothing = Tokens(size=torch.ones(1, 3), score=torch.zeros(1, 3))
-    assert nothing.weight(fixed).isfinite().all(), "nobody looks at anything"
+    assert (nothing.weight() > 0).all(), "nobody looks at anything"
 
 
 def compressed(model, **options):
