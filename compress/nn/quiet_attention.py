@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compress.nn.probabilities import probabilities
+from compress.nn.probabilities import per_query, probabilities
 
 
 def clip_softmax(share: Tensor, gamma: float | Tensor, zeta: float | Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class ClippedSoftmax(nn.Module):
         share = probabilities(query, key, mask, scale, causal)
         alpha, zeta = self.alpha_zeta
         share = clip_softmax(share, -alpha / (self.length or key.shape[2]), zeta)
-        return share @ value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        return share @ per_query(value, query)
 
 
 class GatedAttention(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compress.nn.probabilities import probabilities
+from compress.nn.probabilities import per_query, probabilities
 
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:
@@ -67,4 +67,4 @@ class SimulatedAttention(nn.Module):
             share = round_tokens(share, self.bits)
         else:
             share = round_powers(share, self.bits, 2 if self.grid == "log_sqrt2" else 1)
-        return share @ value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        return share @ per_query(value, query)
