@@ -33,6 +33,7 @@ NEAR = 0.002  # of the operations below the budget is near enough
 SEARCH = 2**14  # tokens, of images 64 each counts as 256
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the operations, at which a budget of time looks
 ROUNDS, SECONDS = 7, 1.0  # of that
+WORTH = 0.9  # of the error without importance: to ask for it costs time in every block
 RAISE = 1.6  # by which one block's share is raised and lowered
 
 
@@ -107,14 +108,15 @@ def choose_metric(trial: Trial, edits: dict[str, dict]) -> tuple[dict[str, dict]
 def choose_importance(
     view: View, edits: dict[str, dict], batches: list[dict], apply: Callable[[View, Plan], None]
 ) -> tuple[dict[str, dict], dict[str, float]]:
-    """By what attention makes tokens costlier to merge, if at all, and the error of each."""
+    """By what attention makes tokens costlier to merge, if that is worth its time, and the error of each."""
     first = all(edit["rule"]["first"] for edit in edits.values())
     scores = {name: score for name, score in SCORES.items() if first or name in AS_WELL}
     plans = {"none": edits}
     for name, score in scores.items():
         plans[name] = {path: edit | {"score": score} for path, edit in changed(edits, {"importance": name}).items()}
     tried = {name: Trial.of(view, each, batches, apply).error(each) for name, each in plans.items()}
-    return plans[min(tried, key=tried.get)], tried
+    best = min(tried, key=tried.get)
+    return plans[best if tried[best] <= WORTH * tried["none"] else "none"], tried
 
 
 def within(trial: Trial, edits: dict[str, dict], budget: float) -> dict[str, dict]:
