@@ -13,6 +13,8 @@ from compress.roles import is_linear
 from compress.transform import Transform
 from compress.view import View
 
+HOOKS = tuple(f"_forward{kind}" for kind in ("_pre_hooks", "_pre_hooks_with_kwargs", "_hooks", "_hooks_with_kwargs"))
+
 
 def takeable(
     view: View, method: Transform, name: str, head: bool = True, besides: Container[str] = ()
@@ -88,8 +90,15 @@ def swap(view: View, plan_edits: dict[str, dict], build: Callable[[str, nn.Modul
                 setattr(new, name, parameter)
     for path, new in built.items():
         for place in places[id(view.module(path))]:
+            hand_on_hooks(view.module(place), new)
             view.replace(place, new)
     tie_scales(view.model, set(built))
+
+
+def hand_on_hooks(old: nn.Module, new: nn.Module) -> None:
+    """What other methods hung on a layer, such as fewer tokens for keys, goes on in the one that takes its place."""
+    for name in HOOKS:
+        getattr(new, name).update(getattr(old, name))
 
 
 def tie_scales(model: nn.Module, swapped: set[str]) -> None:

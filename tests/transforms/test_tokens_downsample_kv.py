@@ -220,6 +220,7 @@ def test_int8_after_it_stays_close(name):
     thin = compressed(model)
     both = compressed(thin, Int8)
     assert relative_error(answers(both, batch), answers(thin, batch)) < 0.1
+    assert count(both, batch) == count(thin, batch), "keys and values are made of as few tokens as before"
 
 
 @pytest.mark.parametrize("name", ["vit", "dit"])
