@@ -25,7 +25,9 @@ from compress.view import Block, View
 LEADING = ("cls_token", "class_token", "class_embedding", "distillation_token", "register_tokens")
 UNUSED = ("mask_token",)  # takes the place of patches, adds none
 # Parts of the names under which an attention gets or makes positions, which belong to the full input.
-POSITIONS = re.compile("rotary|rope|freqs|position_embeddings|position_bias|relative_pos|rel_pos|distance_emb|alibi")
+POSITIONS = re.compile(
+    "rotary|rope|freqs|position_embeddings|position_bias|relative_pos|relative_attention_bias|rel_pos|distance_emb|alibi"
+)
 WRONG = (AttributeError, CompressError, IndexError, RuntimeError, TypeError, ValueError)  # raised by a part tried alone
 
 

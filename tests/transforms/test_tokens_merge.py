@@ -334,12 +334,13 @@ def test_every_model_it_takes(name):
         ("gpt2", "transformer.h.0", "it is causal"),
         ("swin", "encoder.layers.0.blocks.0", "within windows"),
         ("t5", "encoder.block.0", "positions are those of the full input"),
+        ("umt5", "encoder.block.0", "positions are those of the full input (relative_attention_bias)"),
         ("dit", "transformer_blocks.0", "hand on the full image"),
         ("whisper", "model.encoder.layers.1", "last of its stack"),
     ],
 )
 def test_refused_by_name_with_the_reason(name, path, reason):
-    view = View(models.MODELS[name]()[0])
+    view = View((models.MODELS | models.MORE)[name]()[0])
     plan = Merge().plan(view)
     assert path not in plan.edits and reason in plan.notes["refused"][path]
     with pytest.raises(CompressError, match=f"cannot change {re.escape(path)}: .*{re.escape(reason)}"):
