@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.outputs import answer, inputs
 from compress.progress import track
-from compress.resuming import trainings
+from compress.resuming import Trainings
 
 Example = TypeVar("Example")
 RATE = 0.01  # of layer-wise training, of each weight's own size
@@ -19,7 +19,7 @@ RATE = 0.01  # of layer-wise training, of each weight's own size
 
 def train(
     weights: list[nn.Parameter], examples: Sequence[Example], loss: Callable[[Example, float], Tensor],
-    steps: int, rate: float,
+    steps: int, rate: float, trainings: Trainings | None,
 ) -> None:  # fmt: skip
     """Adam on `loss(an example, the share of the steps that are done)`; what is trained asks for gradients afterwards.
 
@@ -31,8 +31,8 @@ def train(
     adam = torch.optim.Adam([{"params": [weight], "lr": rate * size_of(weight)} for weight in weights])
     generator = torch.Generator().manual_seed(0)
     order = [torch.randint(len(examples), (), generator=generator).item() for _ in range(steps)]
-    rates, kept = [group["lr"] for group in adam.param_groups], trainings()
-    first = kept.begin(weights, adam) if kept else 0
+    rates = [group["lr"] for group in adam.param_groups]
+    first = trainings.begin(weights, adam) if trainings else 0
     for step in track(range(first, steps), "distillation", steps - first):
         for group, own in zip(adam.param_groups, rates, strict=True):
             group["lr"] = own * (1 - step / steps)
@@ -43,8 +43,8 @@ def train(
             raise CompressError("the distillation diverged; give fewer steps")
         found.backward()
         adam.step()
-        if kept:
-            kept.keep(step + 1, weights, adam)
+        if trainings:
+            trainings.keep(step + 1, weights, adam)
 
 
 def size_of(weight: Tensor) -> float:
@@ -104,8 +104,9 @@ def error(student: nn.Module, call: Call) -> Tensor:
 
 
 def fit(
-    student: nn.Module, weights: list[nn.Parameter], calls: list[Call], prepare: Callable, steps: int
-) -> list[float]:
+    student: nn.Module, weights: list[nn.Parameter], calls: list[Call], prepare: Callable, steps: int,
+    trainings: Trainings | None,
+) -> list[float]:  # fmt: skip
     """Train these weights of the student; the mean error before and after. What did not get better is undone.
 
     `prepare(call.around)` is run before each call.
@@ -120,7 +121,7 @@ def fit(
             return torch.stack([loss(call) for call in calls]).mean().item()
 
     before, start = mean_error(), [weight.detach().clone() for weight in weights]
-    train(weights, calls, loss, steps, RATE)
+    train(weights, calls, loss, steps, RATE, trainings)
     after = mean_error()
     if not after < before:
         for weight, value in zip(weights, start, strict=True):

@@ -1,7 +1,8 @@
 """The folder of an unfinished run: every finished step is in it, so that a killed run goes on there.
 
-`<out>.partial/run.json` names the steps that are done and the digest of the weights after the last of them. Both files
-are written under a temporary name and renamed, so a kill at any moment leaves the state before or after, never half.
+`<out>.partial/run.json` names the steps that are done and the digest of the weights after the last of them; beside both
+may lie the state of a training of the step after them. All are written under a temporary name and renamed, so a kill at
+any moment leaves the state before or after, never half.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Journal:
         content = {"fingerprint": self.fingerprint, "steps": self.steps, "weights": sha256(weights)}
         listed.write_text(json.dumps(content))
         os.replace(listed, self.folder / RUN)
-        for old in self.folder.glob("step-*.safetensors"):
+        for old in self.folder.glob("step-*"):
             if old != weights:
                 old.unlink()
 

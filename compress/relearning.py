@@ -48,7 +48,7 @@ def relearn(view: View, original: nn.Module, batches: list[dict], steps: int) ->
     for weight in weights:
         if (weight == 0).any():
             weight.requires_grad_().register_hook((weight != 0).mul)
-    train(weights, lessons(seen), lambda batch, done: loss(student, teacher, batch), steps, RATE)
+    train(weights, lessons(seen), lambda batch, done: loss(student, teacher, batch), steps, RATE, view.trainings)
     after = lost(student, teacher, judged)
     if after < before:
         learned = dict(student.named_parameters())

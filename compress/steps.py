@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from fnmatch import fnmatchcase
 
 import numpy
@@ -21,7 +20,7 @@ from compress.outputs import relative_error, run
 from compress.progress import say
 from compress.recipe import Recipe, Step
 from compress.replay import record, replay
-from compress.resuming import resumable
+from compress.resuming import Trainings
 from compress.source import Source
 from compress.transform import Plan, Transform, find
 from compress.view import View
@@ -50,8 +49,8 @@ def run_steps(
             continue
         say(f"step {number + 1} of {len(recipe.steps)}: {step.use}")
         seed_everything(recipe.seed + number)
-        with resumable(*journal.training(number)) if journal else nullcontext():
-            row = run_step(source.model, step, batches, rows, probe)
+        trainings = Trainings(*journal.training(number)) if journal else None
+        row = run_step(source.model, step, batches, rows, probe, trainings)
         row["ledger"] |= standing(source.model, probe, reference)
         rows.append(row)
         if journal:
@@ -59,14 +58,16 @@ def run_steps(
     return rows
 
 
-def run_step(model: nn.Module, step: Step, batches: list[dict], before: list[dict], probe: dict) -> dict:
+def run_step(
+    model: nn.Module, step: Step, batches: list[dict], before: list[dict], probe: dict, trainings: Trainings | None
+) -> dict:
     """One step on the model; a step that changes nothing is an error, and so is surgery that is not exact."""
     started = time.monotonic()
     plan = planned(model, step, before)
     if step.method.needs_data and not batches:
         raise CompressError(f"{step.where}: {step.use} looks at data; give the recipe a calibrate section")
     if step.method.needs_data or (step.method.uses_data and batches):
-        plan = step.method.calibrate(View(model), plan, batches)
+        plan = step.method.calibrate(View(model, trainings), plan, batches)
         if not plan.edits:
             raise CompressError(f"{step.where}: {step.use} changed nothing on this data")
     kept, notes = record(model, step.use, plan), plan.notes | idle(model, step.method)

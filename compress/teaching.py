@@ -22,15 +22,15 @@ def kurtosis(x: Tensor) -> Tensor:
 
 
 class Lesson:
-    """Teacher, student and data; what is asked of the student is the teacher's answer."""
+    """Teacher (the view's model), student and data; what is asked of the student is the teacher's answer."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, batches: list[dict]) -> None:
-        self.student = student
+    def __init__(self, view: View, student: nn.Module, batches: list[dict]) -> None:
+        self.student, self.trainings = student, view.trainings
         held = max(len(batches) // HELD, 1)
         self.held = batches[-held:]
         self.lessons = batches[:-held] or batches  # a single batch has to do for both
         with torch.no_grad():
-            self.targets = {id(batch): seen(teacher, batch)[0] for batch in batches}
+            self.targets = {id(batch): seen(view.model, batch)[0] for batch in batches}
 
     def teach(
         self, weights: list[nn.Parameter], steps: int, also: Callable[[list[Tensor], dict], Tensor],
@@ -47,7 +47,7 @@ class Lesson:
             return distance(got, self.targets[id(batch)]) + also(layers, batch)
 
         self.student.requires_grad_(False)
-        train(weights, self.lessons, loss, steps, rate)
+        train(weights, self.lessons, loss, steps, rate, self.trainings)
         self.student.requires_grad_(False)
 
     @torch.no_grad()

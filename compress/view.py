@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,18 @@ from compress.roles import is_linear
 from compress.structure import Attention, find_attentions
 from compress.surgery import keep_heads, keep_width, mask_heads, mask_width
 
+if TYPE_CHECKING:
+    from compress.resuming import Trainings
+
 __all__ = ["MLP", "Attention", "Block", "View"]
 
 
 class View:
     """What the methods may know about a model. Everything is recomputed from the module tree as it is now."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, trainings: Trainings | None = None) -> None:
         self.model = model
+        self.trainings = trainings  # where they keep their state; None where there is no folder for it
         roots = {base.__module__.partition(".")[0] for base in type(model).__mro__}
         self.library = next((name for name in ("transformers", "diffusers") if name in roots), "torch")
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import compress
-from compress import CompressError, resuming
+from compress import resuming
 from compress.distill import train
-from compress.resuming import resumable
+from compress.resuming import Trainings
 from models import MODELS
 
 STEPS = 12
@@ -27,12 +27,12 @@ class Killed(BaseException):
 
 
 class Task:
-    """Two weights, of which only one is reached at first; counts the steps, and is killed at one."""
+    """Two weights, one of them transposed, of which only one is reached at first; counts the steps, and is killed."""
 
-    def __init__(self, die=None):
-        generator = torch.Generator().manual_seed(1)
-        self.weights = [nn.Parameter(torch.randn(5, generator=generator)) for _ in range(2)]
-        self.examples = torch.randn(4, 5, generator=generator)
+    def __init__(self, die=None, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        self.weights = [nn.Parameter(torch.randn(5, 2, generator=generator).t()) for _ in range(2)]
+        self.examples = torch.randn(4, 2, 5, generator=generator)
         self.die, self.calls = die, 0
 
     def loss(self, example, done):
@@ -42,53 +42,60 @@ class Task:
         reached = self.weights if done > 0.5 else self.weights[:1]
         return sum((weight - example).square().sum() for weight in reached)
 
-    def learn(self):
-        train(self.weights, self.examples, self.loss, STEPS, 0.1)
+    def learn(self, trainings=None):
+        train(self.weights, self.examples, self.loss, STEPS, 0.1, trainings)
         return self.calls, torch.stack([weight.detach() for weight in self.weights])
 
 
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "training.safetensors"
+
+
 @pytest.mark.parametrize("die", range(2, STEPS + 1))
-def test_a_killed_training_goes_on_where_it_was(tmp_path, die):
-    path = tmp_path / "training.safetensors"
-    with pytest.raises(Killed), resumable(path, "a run"):
-        Task(die).learn()
-    with resumable(path, "a run"):
-        calls, learned = Task().learn()
+def test_a_killed_training_goes_on_where_it_was(path, die):
+    with pytest.raises(Killed):
+        Task(die).learn(Trainings(path, "a run"))
+    calls, learned = Task().learn(Trainings(path, "a run"))
     assert calls == STEPS - (die - 1)
     assert torch.equal(learned, Task().learn()[1])
 
 
-def test_of_several_trainings_of_a_step_the_killed_one_goes_on(tmp_path):
-    path = tmp_path / "training.safetensors"
-    with pytest.raises(Killed), resumable(path, "a run"):
-        Task().learn()
-        Task(die=5).learn()
-    with resumable(path, "a run"):
-        first, second = Task().learn(), Task().learn()
+def test_of_several_trainings_of_a_step_the_killed_one_goes_on(path):
+    trainings = Trainings(path, "a run")
+    Task().learn(trainings)
+    with pytest.raises(Killed):
+        Task(die=5).learn(trainings)
+    again = Trainings(path, "a run")
+    first, second = Task().learn(again), Task().learn(again)
     assert (first[0], second[0]) == (STEPS, STEPS - 4)
     assert torch.equal(first[1], second[1])
 
 
-def test_the_state_of_another_run_is_not_gone_on_from(tmp_path):
-    path = tmp_path / "training.safetensors"
-    with pytest.raises(Killed), resumable(path, "a run"):
-        Task(die=5).learn()
-    with resumable(path, "another"):
-        assert Task().learn()[0] == STEPS
+@pytest.mark.parametrize(("run", "seed"), [("another", 1), ("a run", 2)])
+def test_the_state_of_another_run_or_of_other_weights_is_not_gone_on_from(path, run, seed):
+    with pytest.raises(Killed):
+        Task(die=5).learn(Trainings(path, "a run"))
+    calls, learned = Task(seed=seed).learn(Trainings(path, run))
+    assert calls == STEPS and torch.equal(learned, Task(seed=seed).learn()[1])
 
 
-def test_a_damaged_state_is_one_clear_line(tmp_path):
-    path = tmp_path / "training.safetensors"
+def test_without_its_state_or_room_for_it_a_training_runs_as_ever(path, monkeypatch):
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(CompressError, match=f"{path}: is damaged; remove it"), resumable(path, "a run"):
-        Task().learn()
+    assert Task().learn(Trainings(path, "a run"))[0] == STEPS
+
+    def full(*arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(resuming, "save_file", full)
+    calls, learned = Task().learn(Trainings(path.with_name("other"), "a run"))
+    assert calls == STEPS and torch.equal(learned, Task().learn()[1])
+    assert not path.with_name("other").exists()
 
 
-def test_a_state_is_not_written_at_every_step(tmp_path, monkeypatch):
+def test_a_state_is_not_written_at_every_step(path, monkeypatch):
     monkeypatch.undo()
-    path = tmp_path / "training.safetensors"
-    with resumable(path, "a run"):
-        Task().learn()
+    Task().learn(Trainings(path, "a run"))
     assert not path.exists()
 
 
@@ -96,7 +103,7 @@ def test_a_recipe_killed_in_its_distillation_gives_the_same_bytes(quick, saved, 
     """And once its step is done nothing is left of the training."""
     batch = MODELS["llama"]()[1]
     recipe = {
-        "steps": [{"use": "heads.prune", "score": "magnitude", "keep": 0.5, "distill": STEPS}],
+        "steps": [{"use": "heads.prune", "score": "energy", "keep": 0.5, "distill": STEPS}],
         "emit": {"format": "compress-plan"},
     }
 
@@ -108,13 +115,14 @@ def test_a_recipe_killed_in_its_distillation_gives_the_same_bytes(quick, saved, 
 
     taught, count = relearning.loss, 0
 
-    def counted(*arguments):
+    def counted(student, *arguments):
         nonlocal count
         if torch.is_grad_enabled():
+            assert any((weight == 0).any() for weight in student.parameters()), "what is cut must stay cut"
             count += 1
             if count == 8:
                 raise Killed
-        return taught(*arguments)
+        return taught(student, *arguments)
 
     monkeypatch.setattr(relearning, "loss", counted)
     with pytest.raises(Killed):

@@ -76,7 +76,7 @@ class Mixture(Transform):
         cores = {path: student.get_submodule(path).attend for path in plan.edits}
         outputs = {a.path: student.get_submodule(a.o) for a in view.attentions() if a.path in cores}
         begin(student, cores, outputs, batches)
-        lesson = Lesson(view.model, student, batches)
+        lesson = Lesson(view, student, batches)
         start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
         before = lesson.examine(student)["error"]
         if any(core.active < len(core.routed_weight) for core in cores.values()):

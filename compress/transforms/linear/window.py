@@ -178,6 +178,6 @@ def distill(view: View, edits: dict[str, dict], batches: list[dict], steps: int)
         inside = [p for p in view.attention(path).projections().values() if p.startswith(path + ".")]
         trained = {p: student.get_submodule(p[len(path) + 1 :]) for p in inside}
         weights = [weight.requires_grad_() for projection in trained.values() for weight in projection.parameters()]
-        errors = fit(student, weights, calls.pop(path), vars(size).update, steps)
+        errors = fit(student, weights, calls.pop(path), vars(size).update, steps, view.trainings)
         taught[path] = {p: projection.state_dict() for p, projection in trained.items()}, errors
     return taught

@@ -70,7 +70,7 @@ class Outliers(Transform):
 
         student = deepcopy(view.model)
         self.apply(View(student), plan)
-        lesson = Lesson(view.model, student, batches)
+        lesson = Lesson(view, student, batches)
         before = lesson.examine(view.model)
         cores = [student.get_submodule(path).attend for path in plan.edits]
 

@@ -104,7 +104,7 @@ class Slim(Transform):
         self.apply(View(student), Plan(edits))
         slims = [student.get_submodule(path).merge for path in edits]
         notes = {"start": begin(student, slims, batches)}
-        lesson = Lesson(view.model, student, batches)
+        lesson = Lesson(view, student, batches)
         start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
         before = lesson.examine(student)["error"]
         weights = [weight for slim in slims for weight in slim.parameters()]
