@@ -13,7 +13,10 @@ from compress.roles import is_linear
 from compress.transform import Transform
 from compress.view import View
 
-HOOKS = tuple(f"_forward{kind}" for kind in ("_pre_hooks", "_pre_hooks_with_kwargs", "_hooks", "_hooks_with_kwargs"))
+HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+)  # fmt: skip
 
 
 def takeable(
@@ -96,7 +99,10 @@ def swap(view: View, plan_edits: dict[str, dict], build: Callable[[str, nn.Modul
 
 
 def hand_on_hooks(old: nn.Module, new: nn.Module) -> None:
-    """What other methods hung on a layer, such as fewer tokens for keys, goes on in the one that takes its place."""
+    """What other methods hung on a layer, such as fewer tokens for keys, goes on in the one that takes its place.
+
+    The handles of these hooks remove them from the old layer only.
+    """
     for name in HOOKS:
         getattr(new, name).update(getattr(old, name))
 

@@ -1,7 +1,8 @@
 """How many tokens each block should merge, and by what they are compared: found on data, without labels.
 
-All that is tried costs the same operations; what changes the model's answers least wins. A few shapes of the schedule
-come first (from which block on, rising or falling), then each block's share is raised and lowered once.
+All that is tried costs the same operations, but for importance, which has to be worth its own; what changes the model's
+answers least wins. A few shapes of the schedule come first (from which block on, rising or falling), then each block's
+share is raised and lowered once.
 """
 
 from __future__ import annotations

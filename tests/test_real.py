@@ -1,4 +1,4 @@
-"""Every recipe on its real pretrained model: limits kept, reloaded bit-equal. Run with `scripts/test -m real`.
+"""Every recipe on its real pretrained model: limits kept, reloaded bit-equal. Run with `scripts/test -n 0 -m real`.
 
 Wants the models and data of `scripts/fetch` (and `scripts/train-dit`) in models/; what is not there is skipped.
 """

@@ -34,9 +34,9 @@ class Keep:
         return torch.minimum(wanted, tokens) if isinstance(tokens, Tensor) else min(wanted, tokens)
 
 
-def class_rows(alive: Tensor) -> Tensor:
+def class_rows(alive: Tensor | None, batch: int, device) -> Tensor:
     """The place of each row's class token, its first that is not padding (B,1)."""
-    return alive.int().argmax(1)[:, None]
+    return torch.zeros(batch, 1, dtype=torch.long, device=device) if alive is None else alive.int().argmax(1)[:, None]
 
 
 def even_rows(alive: Tensor | None, batch: int, tokens: int, device) -> Tensor:
@@ -67,8 +67,8 @@ class Score(nn.Module):
     def forward(self, module, query, key, value, mask, scale, causal, **kwargs) -> Tensor:
         given = self.given(query, key, mask, scale)
         if self.by == "value_aware":  # the length of what each token adds to the class token, all heads side by side
-            added = given[:, :, 0, :, None] * per_query(value.to(given.dtype), query)
-            self.tokens.score = added.square().sum((1, 3)).sqrt()
+            length = per_query(value.to(given.dtype).square().sum(-1), query)
+            self.tokens.score = (given[:, :, 0].square() * length).sum(1).sqrt()
         else:
             self.tokens.score = given.mean((1, 2))
         return self.inner(module, query, key, value, mask, scale, causal, **kwargs)
@@ -78,9 +78,9 @@ class Score(nn.Module):
         alive, (batch, _, tokens, _) = self.tokens.alive, query.shape
         if self.by == "received":
             return attention_of(even_rows(alive, batch, tokens, query.device), query, key, mask, scale)
-        if alive is not None:
-            return attention_of(class_rows(alive), query, key, mask, scale)
-        # No mask ever came but the log sizes: every row sees something. For one text each operation less counts.
+        if alive is not None or (mask is not None and (mask.dtype == torch.bool or mask.shape[2] > 1)):
+            return attention_of(class_rows(alive, batch, query.device), query, key, mask, scale)
+        # Log sizes at most, which hide nothing. For one text each operation less counts.
         asked, key = (x.to(wide(x.dtype)) for x in (query[:, :, :1], per_query(key, query)))
         scores = asked * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-1, -2)
         return (scores if mask is None else scores + mask).softmax(-1)

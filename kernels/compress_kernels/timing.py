@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-SLOWDOWN = 5  # reference kernels that stand in for a missing instruction set are some hundred times slower
+SLOWDOWN = 30  # reference kernels that stand in for a missing instruction set are some hundred times slower
 
 
 def paired(functions: dict[str, Callable], rounds: int = 9, seconds: float = 0.3) -> dict[str, float]:

@@ -14,8 +14,7 @@ was off by 39 % for .81 of the FLOPs, where tokens.merge was by 22 % for .79; a 
 .812 to .672. A UNet with attention at 32 x 32 and below was off by .63 % for .88 of the FLOPs (.77 % by `nearest`).
 Give `least`, so that only large grids are thinned. Beside text or class tokens, and in odd grids, the counts go as an
 attention mask, which rules out flash kernels. Attention masks, windows and relative positions are refused. Later steps
-that put a core of their own into these attentions are refused there; quantized projections compute all keys and values
-again before they are thinned.
+that put a core of their own into these attentions are refused there.
 
 Paper: "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images", Smith, Saxena, Saha, 2024.
 """

@@ -85,13 +85,13 @@ def fast_bits() -> frozenset:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 256, generator=generator).to(torch.bfloat16)
 
-    def right(bits: int, groups: int) -> bool:
+    def serves(bits: int, groups: int) -> bool:
         codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (256, 256), generator=generator).to(torch.int8)
         weight = pack(codes, bits), torch.rand(256, groups, generator=generator).to(torch.bfloat16), None
         expected = reference(x, *weight, None, None, bits)
         return trusted(lambda: few(x, *weight, bits), lambda: plain(x, *weight, None, None, bits), expected, 5e-3)
 
-    return frozenset(bits for bits, groups in ((4, 4), (8, 1)) if right(bits, groups))
+    return frozenset(bits for bits, groups in ((4, 4), (8, 1)) if serves(bits, groups))
 
 
 def _fits(columns: int, scale: Tensor, zeros: Tensor | None, bits: int) -> bool:
