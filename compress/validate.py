@@ -29,7 +29,7 @@ from compress.trajectory import sampling
 
 Sampler = Callable[[nn.Module], Tensor]
 
-ORIGINAL, COMPRESSED = "original", "compressed"
+ORIGINAL, COMPRESSED, CAST = "original", "compressed", "original, bfloat16"
 HOPELESS = 8  # times the original's time: a type that the processor emulates
 PHYSICAL = ("size", "memory", "flops", "parameters")
 FITTING = {  # what a model answers with: what can be measured on it
@@ -175,9 +175,14 @@ def latency(
 def candidates(compressed: nn.Module, original: nn.Module) -> dict[str, nn.Module]:
     """What is compared; a path without us that a user gets for nothing is the one to beat."""
     found = {COMPRESSED: compressed, ORIGINAL: original}
-    if any(tensor.dtype == torch.float32 for tensor in original.parameters()):
-        found[f"{ORIGINAL}, bfloat16"] = copy.deepcopy(original).to(torch.bfloat16)
+    if castable(original):
+        found[CAST] = copy.deepcopy(original).to(torch.bfloat16)
     return found
+
+
+def castable(model: nn.Module) -> bool:
+    """Is it one that a user would cast to bfloat16?"""
+    return any(tensor.dtype == torch.float32 for tensor in model.parameters())
 
 
 def _call(model: nn.Module, batches: list[Batch]) -> Callable[[], float]:

@@ -6,6 +6,7 @@ import copy
 import math
 from functools import partial
 from time import sleep
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compress.compare import divergence, psnr
 from compress.errors import CompressError
 from compress.flops import count, memory
+from compress.judge import speed
 from compress.metrics import METRICS
 from compress.nn.int8_linear import Int8Linear
 from compress.nn.weight_only_linear import WeightOnlyLinear
@@ -279,8 +281,11 @@ def test_latency_does_not_wait_for_a_type_that_the_processor_emulates():
                 sleep(0.05)
             return super().forward(input)
 
-    times, stock = latency(Emulated(3, 3), Emulated(3, 3), [{"input": torch.zeros(2, 3)}], rounds=7)
+    model, batches = Emulated(3, 3), [{"input": torch.zeros(2, 3)}]
+    times, stock = latency(model, model, batches, rounds=7)
     assert set(times) == {"compressed", "original"} and stock == "original" and len(turns) == 3
+    told = speed(SimpleNamespace(model=model, original=lambda: model), batches)
+    assert told.baseline["name"] == "original" and "cast to bfloat16 was left out" in told.note
 
 
 def test_a_denoiser_is_timed_and_counted_over_a_whole_sampling():

@@ -53,7 +53,7 @@ SUBJECTS = {
         (3,),
     ),
     "smollm2": Subject(
-        "smollm2-135m-instruct", "wikitext-2/validation.parquet", "wikitext-2/test.parquet", (64, 16), 4,
+        "smollm2-135m-instruct", "wikitext-2/validation.parquet", "wikitext-2/test.parquet", (128, 16), 4,
         ("kl", "perplexity"), (6, 12),
     ),
 }  # fmt: skip

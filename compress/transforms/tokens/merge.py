@@ -15,9 +15,9 @@ distillation and register tokens, a text's first and last token and padding are 
 Where there is data, the MLPs are repaired (`repair`): block by block, the last projection of each is refit by ridge
 regression, so that a merged token leaves the block as the mean of what the original had at its places; special tokens
 weigh as much as all others of their image. It is undone where that does not bring answers to held-out data nearer.
-DINOv2-S on 1,322 photos, its schedule searched and repaired with 512 others: at 75 % of the FLOPs a mean KL of .019 and
-an accuracy of .726 (the paper's .042 and .720; .729 before); merged at the ends of its blocks, on 560 photos, .070 and
-.126 at 59 and 45 % (.178 and .938). On MiniLM it gains nothing and is undone.
+DINOv2-S on 1,322 photos, its schedule searched and repaired with 512 others: at 75, 60 and 45 % of the FLOPs a mean KL
+of .019, .038 and .126 and an accuracy of .726, .704 and .681 (the paper's .042, .158, .692 and .720, .679, .520; .729
+before). On MiniLM it gains nothing and is undone.
 
 Tokens are merged between a block's attention and its MLP: after the attention where that has its residual with it
 (BERT); where the block keeps all tokens in a residual of its own (ViT), its MLP reads fewer, what it says of each is
