@@ -30,7 +30,7 @@ from compress.trajectory import sampling
 Sampler = Callable[[nn.Module], Tensor]
 
 ORIGINAL, COMPRESSED, CAST = "original", "compressed", "original, bfloat16"
-HOPELESS = 8  # times the original's time: a type that the processor emulates
+HOPELESS = 4  # times the original's time: a type that the processor emulates
 PHYSICAL = ("size", "memory", "flops", "parameters")
 FITTING = {  # what a model answers with: what can be measured on it
     "next tokens": ("perplexity", "kl", "top1"),
