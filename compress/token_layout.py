@@ -120,14 +120,16 @@ def merge_point(view: View, block: Block, attention: Attention, inside: bool) ->
     """Where in a block its tokens may become fewer, so that its MLP is spared too, found by trying: after the attention
     with its residual if that is a module of its own, else around the MLP and the norm in front of it; or at its end."""
     part = parent_of(attention.path)[len(block.path) + 1 :]
-    x = torch.randn(1, 4, width(view, attention), generator=torch.Generator().manual_seed(0))
-    call = partial(tokens_alone, x=x, rows=torch.ones(2, 3, attention.head_dim))
-    if part and shrinks(guinea_pig(view.module(block.path)), part, call):
+    # In float64: random weights make numbers in the thousands, whose differences float32 does not tell.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, width(view, attention), generator=generator, dtype=torch.float64)
+    call = partial(tokens_alone, x=x, rows=torch.ones(2, 3, attention.head_dim, dtype=torch.float64))
+    if part and shrinks(guinea_pig(view.module(block.path)).double(), part, call):
         return {"after": part}
     if not inside or len(block.mlps) != 1 or block.mlps[0] == block.path:
         return {"after": ""}
     mlp = block.mlps[0][len(block.path) + 1 :]
-    before = spares(guinea_pig(view.module(block.path)), mlp, call)
+    before = spares(guinea_pig(view.module(block.path)).double(), mlp, call)
     return {"before": before, "mlp": mlp} if before else {"after": ""}
 
 

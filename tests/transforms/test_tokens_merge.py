@@ -647,3 +647,11 @@ def test_pictures_show_the_tokens_that_are_left():
     text, batch = models.MODELS["bert"]()
     view = View(text)
     assert "pictures" not in method.calibrate(view, method.plan(view), [batch]).notes
+
+
+def test_the_mlp_of_a_wide_block_is_spared_where_heads_are_gone():
+    """What is tried with random weights must not drown in rounding."""
+    model = models.of("dinov2", "AutoModel", **models.IMAGE | {"hidden_size": 384, "num_attention_heads": 6})
+    view = View(model)
+    view.keep_heads(view.attentions()[0], [1, 2, 3, 4])
+    assert next(iter(Merge().plan(view).edits.values()))["before"] == "norm2"
