@@ -28,8 +28,9 @@ class Trainings:
     """Those of one step of a recipe, in the order in which they come; only the last that ran is on disk."""
 
     def __init__(self, path: Path, run: str):
-        self.path, self.run, self.count, self.name = path, run, 0, ""
-        self.under_way = int(self._facts().get("training", 0))
+        self.path, self.run, self.count, self.start = path, run, 0, ""
+        self.killed = self._facts()
+        self.under_way = int(self.killed.get("training", 0))
         self.due = time.monotonic() + SECONDS
 
     def _facts(self) -> dict[str, str]:
@@ -45,12 +46,12 @@ class Trainings:
 
     def begin(self, weights: list[nn.Parameter], adam: Adam) -> int:
         """The steps of the next training that are done; weights and moments are then what they were after these."""
-        self.count, self.name = self.count + 1, digest(weights)
-        if self.count != self.under_way or self._facts().get("start") != self.name:
+        self.count, self.start = self.count + 1, digest(weights)
+        if self.count != self.under_way or self.killed["start"] != self.start:
             return 0
         with safe_open(self.path, "pt") as kept:
             restore(kept, weights, adam)
-            return int(kept.metadata()["step"])
+        return int(self.killed["step"])
 
     def keep(self, step: int, weights: list[nn.Parameter], adam: Adam) -> None:
         """Write the state after so many steps, now and then; one that is done again does not replace a later one."""
@@ -61,7 +62,7 @@ class Trainings:
         for at, weight in enumerate(weights):
             tensors |= {f"{at} {moment}": adam.state[weight][moment] for moment in MOMENTS if weight in adam.state}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        facts = {"run": self.run, "training": str(self.count), "start": self.name, "step": str(step)}
+        facts = {"run": self.run, "training": str(self.count), "start": self.start, "step": str(step)}
         part = self.path.with_suffix(".part")
         try:
             save_file(tensors, part, facts)
