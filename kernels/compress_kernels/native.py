@@ -31,13 +31,19 @@ def reason() -> str | None:
 
 
 @cache
-def build(source: str) -> ctypes.CDLL | None:
-    """The library made of this C source, or None where that is not possible: `reason()` says why."""
-    try:
-        return _load(source)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        _reasons.append(" ".join(str(error).split())[:300])
-        return None
+def build(*sources: str) -> ctypes.CDLL | None:
+    """The library made of the first of these C sources whose instructions this processor knows.
+
+    None where there is no such: `reason()` says why.
+    """
+    failures = []
+    for source in sources:
+        try:
+            return _load(source)
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            failures.append(" ".join(str(error).split())[:300])
+    _reasons.extend(failures[-1:])
+    return None
 
 
 def _load(source: str) -> ctypes.CDLL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,14 +13,17 @@ from compress.nn.int8_linear import Int8Linear
 from compress.outputs import relative_error, run
 from compress.transforms.quantize.int8 import Int8
 from compress.view import View
-from compress_kernels.int8_linear import accelerated, int8_linear, plain
+from compress_kernels.int8_linear import SCHEMA, accelerated, int8_linear, plain
 from compress_kernels.int8_linear.reference import quantize_rows, reference
+from compress_kernels.int8_linear.source import OPERATOR, SOURCES
 from compress_kernels.int8_linear.torch_path import FUNCTIONS, integer_product
+from compress_kernels.native import build
 from compress_kernels.timing import paired, right, trusted
 from models import MODELS
 
 SHAPES = [(1, 3, 5), (2, 1, 4), (3, 17, 1), (17, 63, 129), (63, 64, 32), (300, 33, 65), (2, 1537, 7), (97, 100, 200)]
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+C_KERNELS = dict(zip(("wide", "narrow"), SOURCES, strict=True))
 NATIVE = pytest.mark.skipif(not accelerated(), reason="no native kernels on this machine")
 
 
@@ -45,6 +48,24 @@ def extras(depth):
 
 def through_torch(x, weight, scale, bias=None, *rest, **group):
     return plain(x, weight, scale, bias, *rest, *[None] * (3 - len(rest)), **group)
+
+
+@pytest.fixture(params=list(C_KERNELS))
+def through_c(request):
+    """The operator of one C kernel, whichever this processor would take."""
+    name = f"int8_linear_{request.param}"
+    if not hasattr(torch.ops.compress, name):
+        library = build(C_KERNELS[request.param] + OPERATOR)
+        if library is None:
+            pytest.skip("no C compiler, or a processor without these instructions")
+        torch.library.define(f"compress::{name}", SCHEMA)
+        assert library.install(name.encode()) == 0
+
+    def call(x, weight, scale, bias=None, *rest, activation=0, group=0):
+        fixed = *rest, *[None] * (3 - len(rest))
+        return getattr(torch.ops.compress, name)(x, weight, scale, bias, *fixed, activation, group)
+
+    return call
 
 
 @pytest.fixture
@@ -77,26 +98,41 @@ def test_torch_agrees_with_the_reference(shape, integers, monkeypatch):
             assert relative_error(got, reference(x, weight, scale, offset, *rest, **group)) < 1e-5
 
 
-@NATIVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [*SHAPES, *((count, 70, 130) for count in range(1, 18))])
-def test_the_c_kernel_equals_torch_to_the_bit(shape, dtype, threads):
+def test_the_c_kernels_equal_torch_to_the_bit(shape, dtype, threads, through_c):
     count, depth, width = shape
     x, (weight, scale, bias) = rows(count, depth).to(dtype), layer(depth, width)
     x[0] = x[0].abs()
     for rest, group in extras(depth):
         for offset in (bias, bias.to(dtype), None):
-            got = int8_linear(x, weight, scale.to(dtype), offset, *rest, **group)
+            got = through_c(x, weight, scale.to(dtype), offset, *rest, **group)
             assert same(got, through_torch(x, weight, scale.to(dtype), offset, *rest, **group))
 
 
-@NATIVE
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 140), st.integers(-99, 99), st.integers(0, 5))
-def test_the_c_kernel_equals_torch_at_any_size_and_scale(count, depth, width, power, group):
+def test_the_c_kernels_equal_torch_at_any_size_and_scale(through_c, count, depth, width, power, group):
     x, (weight, scale, bias) = rows(count, depth) * 2.0**power, layer(depth, width)
     group = {"group": 64 * group}
-    assert same(int8_linear(x, weight, scale, bias, **group), through_torch(x, weight, scale, bias, **group))
+    assert same(through_c(x, weight, scale, bias, **group), through_torch(x, weight, scale, bias, **group))
+
+
+@pytest.mark.parametrize("count", [1, 9, 70])
+def test_the_c_kernels_activate_alike(count, through_c):
+    x, (weight, scale, bias) = 3 * rows(count, 70), layer(70, 130)
+    for kind, function in enumerate(FUNCTIONS.values()):
+        expected = function(through_torch(x, weight, scale, bias))
+        assert (through_c(x, weight, scale, bias, activation=kind) - expected).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_the_c_kernels_keep_broken_rows_apart(value, through_c):
+    for count in (4, 20):
+        x, (weight, scale, bias) = rows(count, 70), layer(70, 130)
+        x[1, 69] = value
+        for rest in ((), (None, torch.tensor(0.02))):
+            assert same(through_c(x, weight, scale, bias, *rest), through_torch(x, weight, scale, bias, *rest))
 
 
 @NATIVE

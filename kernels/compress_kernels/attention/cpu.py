@@ -15,7 +15,7 @@ from compress_kernels.attention.products_source import SOURCE as PRODUCTS
 from compress_kernels.attention.reference import plain
 from compress_kernels.attention.source import SOURCE
 from compress_kernels.native import build
-from compress_kernels.native_torch import SOURCE as SHARED
+from compress_kernels.wide_vectors import SOURCE as SHARED
 
 CODE = SHARED + PRODUCTS + SOURCE  # one string, so that looking the library up at each call does not hash it anew
 LONGEST = 4096  # keys; the scores of a block of queries leave the second-level cache beyond

@@ -8,10 +8,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from compress_kernels.int8_linear.source import OPERATOR, SOURCE
+from compress_kernels.int8_linear.source import OPERATOR, SOURCES
 from compress_kernels.int8_linear.torch_path import FUNCTIONS, plain
 from compress_kernels.native import build
-from compress_kernels.native_torch import SOURCE as SHARED
 from compress_kernels.timing import right
 
 KINDS = tuple(FUNCTIONS)  # in the order of the C source
@@ -67,7 +66,7 @@ def on_gpu() -> Callable:
 @cache
 def accelerated() -> bool:
     """Build the C kernel and put it in the operator's place, if it gives the same bits as torch's path here."""
-    library = build(SHARED + SOURCE + OPERATOR)
+    library = build(*(source + OPERATOR for source in SOURCES))
     if library is None or library.install(b"int8_linear_native"):
         return False
     generator = torch.Generator().manual_seed(0)

@@ -37,7 +37,8 @@ def contestants(rows: int, depth: int, width: int) -> dict:
     scale, bias = torch.rand(width, 1, generator=generator) * 4e-4, torch.randn(width, generator=generator)
     weight, half, half_bias = codes * scale, (codes * scale).bfloat16(), bias.bfloat16()
     linear, dynamic = torch.ops.mkldnn._linear_pointwise, torch.ops.quantized.linear_dynamic
-    packed, packed_half = (torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in (weight, half))
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    packed = reorder(weight, rows)
     per_channel = torch.quantize_per_channel(weight, scale.flatten(), torch.zeros(width), 0, torch.qint8)
     stock = torch.ops.quantized.linear_prepack(per_channel, bias)
     x_half = x.bfloat16()
@@ -45,15 +46,18 @@ def contestants(rows: int, depth: int, width: int) -> dict:
     for path in (int8_linear(x, codes, scale, bias), plain(x, codes, scale, bias, None, None, None)):
         error = (path - expected).norm() / expected.norm()
         assert error < 1e-5, f"int8_linear is off by {error:.1e}"
-    return {
+    contestants = {
         "fp32": lambda: F.linear(x, weight, bias),
         "fp32 packed": lambda: linear(x, packed, bias, "none", [], ""),
-        "bf16 packed": lambda: linear(x_half, packed_half, half_bias, "none", [], ""),
         "torch.ao dynamic": lambda: dynamic(x, stock, True),
         "int8 of torch's": lambda: plain(x, codes, scale, bias, None, None, None),
         "int8": lambda: int8_linear(x, codes, scale, bias),
         "int8 (bf16)": lambda: int8_linear(x_half, codes, scale, half_bias),
     }
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed_half = reorder(half, rows)
+        contestants["bf16 packed"] = lambda: linear(x_half, packed_half, half_bias, "none", [], "")
+    return contestants
 
 
 if __name__ == "__main__":

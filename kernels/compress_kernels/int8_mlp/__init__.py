@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from compress_kernels.int8_linear import KINDS, int8_linear
-from compress_kernels.int8_mlp.source import SOURCE
+from compress_kernels.int8_mlp.source import SOURCES
 from compress_kernels.native import build
-from compress_kernels.native_torch import SOURCE as SHARED
 from compress_kernels.timing import right
 
 NAME = "compress::int8_mlp"
@@ -44,7 +43,7 @@ def _default(*arguments: Tensor | None | int) -> Tensor:
 @cache
 def accelerated() -> bool:
     """Build the C kernel and put it in the operator's place, if it gives the same bits as two layers here."""
-    library = build(SHARED + SOURCE)
+    library = build(*SOURCES)
     if library is None or library.install(b"int8_mlp_native"):
         return False
     generator = torch.Generator().manual_seed(0)

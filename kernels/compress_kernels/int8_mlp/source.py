@@ -1,10 +1,8 @@
 """int8_mlp in C: a block of rows passes both layers before the next one starts; what is between stays in the cache."""
 
-from compress_kernels.int8_linear.source import SOURCE as LINEAR
+from compress_kernels.int8_linear.source import SOURCES as LINEAR
 
-SOURCE = (
-    LINEAR
-    + r"""
+MLP = r"""
 enum { BETWEEN = 400 << 10, SMALL = 1 << 20 }; /* bytes: beside the weights in the cache, and alone */
 typedef struct { Job up, down; } Pair;
 
@@ -72,4 +70,4 @@ static void operator(Value *stack, uint64_t inputs, uint64_t outputs) {
 }
 int32_t install(const char *name) { return implement(name, operator); }
 """
-)
+SOURCES = tuple(source + MLP for source in LINEAR)

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from compress_kernels.attention.cpu import Floats
 from compress_kernels.attention.products_source import SOURCE as PRODUCTS
 from compress_kernels.native import build
-from compress_kernels.native_torch import SOURCE as SHARED
 from compress_kernels.timing import right
 from compress_kernels.token_merge.narrow_source import SOURCE as NARROW
 from compress_kernels.token_merge.reference import Merged, reference
 from compress_kernels.token_merge.source import SOURCE
+from compress_kernels.wide_vectors import SOURCE as SHARED
 
 NAME = "compress::token_merge"
 SCHEMA = (
@@ -80,7 +80,7 @@ def on_gpu() -> Callable:
 @cache
 def library() -> ctypes.CDLL | None:
     """The C kernel as this processor can run it, or None where it cannot."""
-    return next(filter(None, map(build, CODES)), None)
+    return build(*CODES)
 
 
 @cache

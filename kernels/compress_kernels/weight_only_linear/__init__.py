@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from compress_kernels.native import build
-from compress_kernels.native_torch import SOURCE as SHARED
 from compress_kernels.timing import right
 from compress_kernels.weight_only_linear.cpu import linear, plain
 from compress_kernels.weight_only_linear.reference import dequantize, pack, reference
 from compress_kernels.weight_only_linear.source import SOURCE
+from compress_kernels.wide_vectors import SOURCE as SHARED
 
 NAME = "compress::weight_only_linear"
 SCHEMA = "(Tensor x, Tensor words, Tensor scale, Tensor? zeros, Tensor? bias, Tensor? factor, int bits) -> Tensor"
