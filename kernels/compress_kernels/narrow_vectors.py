@@ -1,10 +1,10 @@
-"""Vectors of eight float32 or bfloat16 for C kernels, and activations of them: AVX2."""
+"""Vectors of eight float32 or bfloat16 for C kernels: AVX2."""
 
+from compress_kernels.activations_source import SOURCE as ACTIVATIONS
 from compress_kernels.native_torch import SOURCE as SHARED
 
 SOURCE = (
     r"""
-#include <string.h>
 #if !defined(__AVX2__) || !defined(__FMA__)
 #error this processor has no AVX2
 #endif
@@ -45,47 +45,23 @@ INLINE void store(void *to, int64_t half, int64_t at, __m256 v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) data[i] = held[i];
 }
 
-/* ---- activations ---- */
-INLINE __m256 polynomial(__m256 x, const float *terms, int count) { /* highest power first */
-  __m256 p = _mm256_set1_ps(terms[0]);
-  for (int i = 1; i < count; ++i) p = _mm256_fmadd_ps(p, x, _mm256_set1_ps(terms[i]));
-  return p;
+typedef __m256 Vector;
+INLINE Vector alike(float x) { return _mm256_set1_ps(x); }
+INLINE Vector fused(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); } /* b where one is NaN, as in `smaller` */
+INLINE Vector smaller(Vector a, Vector b) { return _mm256_min_ps(a, b); }
+INLINE Vector size_of(Vector x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
+INLINE Vector nearest(Vector x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Vector scaled(Vector x, Vector power) { /* x 2^power, for powers of ordinary numbers */
+  __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127));
+  return x * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
-INLINE __m256 power_of_2(__m256 x) { /* within 2e-7; NaN stays NaN */
-  x = _mm256_max_ps(_mm256_set1_ps(-126), _mm256_min_ps(_mm256_set1_ps(126), x));
-  __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(
-    _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23));
-  return _mm256_mul_ps(polynomial(_mm256_sub_ps(x, whole), powers, 6), scale);
-}
-INLINE __m256 sigmoid_of(__m256 x, __m256 v) { /* v / (1 + e^-x) */
-  __m256 power = power_of_2(_mm256_mul_ps(x, _mm256_set1_ps(-1.44269504f)));
-  return _mm256_div_ps(v, _mm256_add_ps(_mm256_set1_ps(1), power));
-}
-INLINE __m256 pick(const float *table, __m256i index) { /* of 16 */
+INLINE Vector pick(const float *table, Vector last) { /* of 16, by the last bits */
+  __m256i index = _mm256_castps_si256(last);
   __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), index);
   __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
-INLINE __m256 gelu(__m256 v) { /* within 5e-7 */
-  __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.f), v);
-  __m256 at = _mm256_min_ps(_mm256_set1_ps(15.49f), _mm256_mul_ps(size, _mm256_set1_ps(1 / .36f)));
-  __m256 piece = _mm256_add_ps(at, _mm256_set1_ps(12582912)); /* its last bits are the nearest whole number */
-  __m256 off = _mm256_sub_ps(at, _mm256_sub_ps(piece, _mm256_set1_ps(12582912)));
-  __m256i index = _mm256_castps_si256(piece);
-  __m256 tail = pick(tails, index);
-  for (int i = 1; i < 5; ++i) tail = _mm256_fmadd_ps(tail, off, pick(tails + 16 * i, index));
-  return _mm256_sub_ps(_mm256_max_ps(_mm256_setzero_ps(), v), tail);
-}
-INLINE __m256 gelu_tanh(__m256 v) {
-  __m256 cubed = _mm256_fmadd_ps(_mm256_mul_ps(v, v), _mm256_set1_ps(.044715f), _mm256_set1_ps(1));
-  return sigmoid_of(_mm256_mul_ps(_mm256_mul_ps(v, cubed), _mm256_set1_ps(1.59576912f)), v);
-}
-static __attribute__((noinline)) void activate(int64_t kind, __m256 *v, int count) {
-  for (int i = 0; kind == RELU && i < count; ++i) v[i] = _mm256_max_ps(_mm256_setzero_ps(), v[i]);
-  for (int i = 0; kind == GELU && i < count; ++i) v[i] = gelu(v[i]);
-  for (int i = 0; kind == GELU_TANH && i < count; ++i) v[i] = gelu_tanh(v[i]);
-  for (int i = 0; kind == SILU && i < count; ++i) v[i] = sigmoid_of(v[i], v[i]);
-}
 """
+    + ACTIVATIONS
 )

@@ -19,8 +19,8 @@ from shutil import which
 
 import torch
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-std=gnu11", "-w")
-TIMEOUT = 120  # seconds; a build takes about one
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-std=gnu11", "-w", "-Wfatal-errors")
+TIMEOUT = 120  # seconds; a build takes a few
 
 _reasons: list[str] = []
 
@@ -32,17 +32,17 @@ def reason() -> str | None:
 
 @cache
 def build(*sources: str) -> ctypes.CDLL | None:
-    """The library made of the first of these C sources whose instructions this processor knows.
+    """The library made of the first of these C sources that can be built here, or None: `reason()` says why.
 
-    None where there is no such: `reason()` says why.
+    A source for instructions that this processor lacks begins with an #error, which ends its build at once.
     """
-    failures = []
+    failure = "there is no source"
     for source in sources:
         try:
             return _load(source)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            failures.append(" ".join(str(error).split())[:300])
-    _reasons.extend(failures[-1:])
+            failure = " ".join(str(error).split())[:300]
+    _reasons.append(failure)
     return None
 
 

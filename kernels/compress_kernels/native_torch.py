@@ -1,4 +1,4 @@
-"""What our C kernels share, whatever their vectors: tables, work spread over torch's threads, torch's C interface."""
+"""What our C kernels share, whatever their vectors: work spread over torch's threads, torch's C interface."""
 
 SOURCE = r"""
 #include <immintrin.h>
@@ -9,32 +9,13 @@ SOURCE = r"""
 #define INLINE static inline __attribute__((always_inline))
 typedef struct { const void *data; int64_t half; } Floats; /* bfloat16 where half is not 0, else float32 */
 
-INLINE float first(Floats from) {
+INLINE float value_of(Floats from) { /* the first */
   union { uint32_t bits; float value; } held;
   held.bits = from.half ? (uint32_t)*(const uint16_t *)from.data << 16 : *(const uint32_t *)from.data;
   return held.value;
 }
 INLINE int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* ---- activations: their tables, for vectors of any width ---- */
-enum { NONE, RELU, GELU, GELU_TANH, SILU };
-/* 2^x within half of a whole number, highest power first */
-static const float powers[] = {1.32763793e-3f, 9.67551023e-3f, 5.55071309e-2f, 2.40221202e-1f, 6.93146944e-1f, 1};
-/* |v| * (1 - its normal distribution) in 16 pieces of .36, by powers of the distance to the middle, highest first. */
-static const float tails[80] __attribute__((aligned(64))) = {
-  1.095164e-3f, 8.079727e-4f, 1.395945e-4f, -4.307362e-4f, -6.103003e-4f, -4.507031e-4f, -1.880342e-4f, -3.289429e-6f,
-  6.399903e-5f, 5.947536e-5f, 3.489564e-5f, 1.553623e-5f, 5.570955e-6f, 1.654248e-6f, 4.131778e-7f, 8.765908e-8f,
-  1.222027e-5f, 4.016216e-3f, 5.957128e-3f, 5.273770e-3f, 3.052877e-3f, 8.557142e-4f, -4.175582e-4f, -7.601464e-4f,
-  -6.052427e-4f, -3.444589e-4f, -1.549799e-4f, -5.734331e-5f, -1.780152e-5f, -4.691395e-6f, -1.057565e-6f,
-  -2.049922e-7f, -5.170523e-2f, -4.531802e-2f, -2.955628e-2f, -1.202786e-2f, 6.741136e-4f, 6.343641e-3f, 6.686026e-3f,
-  4.699612e-3f, 2.572490e-3f, 1.154164e-3f, 4.345655e-4f, 1.391083e-4f, 3.816092e-5f, 9.018625e-6f, 1.842964e-6f,
-  3.265234e-7f, 1.800001e-1f, 8.093585e-2f, 5.082176e-3f, -3.614055e-2f, -4.635680e-2f, -3.822578e-2f, -2.456032e-2f,
-  -1.301121e-2f, -5.823079e-3f, -2.229503e-3f, -7.356521e-4f, -2.101663e-4f, -5.214751e-5f, -1.126253e-5f,
-  -2.120620e-6f, -3.485256e-7f, 0, 1.293925e-1f, 1.697490e-1f, 1.512768e-1f, 1.079045e-1f, 6.467458e-2f, 3.323448e-2f,
-  1.478671e-2f, 5.726520e-3f, 1.936381e-3f, 5.727912e-4f, 1.484009e-4f, 3.370250e-5f, 6.712955e-6f, 1.173167e-6f,
-  1.799375e-7f,
-};
 
 /* ---- torch's threads ---- */
 enum { GRAIN = 1 << 18 };

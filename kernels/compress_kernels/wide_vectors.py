@@ -1,5 +1,6 @@
-"""Vectors of sixteen float32 or bfloat16 for C kernels, and activations of them: AVX-512."""
+"""Vectors of sixteen float32 or bfloat16 for C kernels: AVX-512."""
 
+from compress_kernels.activations_source import SOURCE as ACTIVATIONS
 from compress_kernels.native_torch import SOURCE as SHARED
 
 SOURCE = (
@@ -42,43 +43,19 @@ INLINE void transpose(__m512i r[16]) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-/* ---- activations ---- */
-INLINE __m512 polynomial(__m512 x, const float *terms, int count) { /* highest power first */
-  __m512 p = _mm512_set1_ps(terms[0]);
-  for (int i = 1; i < count; ++i) p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(terms[i]));
-  return p;
+typedef __m512 Vector;
+INLINE Vector alike(float x) { return _mm512_set1_ps(x); }
+INLINE Vector fused(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); } /* b where one is NaN, as in `smaller` */
+INLINE Vector smaller(Vector a, Vector b) { return _mm512_min_ps(a, b); }
+INLINE Vector size_of(Vector x) { return _mm512_abs_ps(x); }
+INLINE Vector nearest(Vector x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-INLINE __m512 power_of_2(__m512 x) { /* within 2e-7; NaN stays NaN */
-  x = _mm512_max_ps(_mm512_set1_ps(-150), _mm512_min_ps(_mm512_set1_ps(126), x));
-  __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(polynomial(_mm512_sub_ps(x, whole), powers, 6), whole);
-}
-INLINE __m512 sigmoid_of(__m512 x, __m512 v) { /* v / (1 + e^-x) */
-  __m512 power = power_of_2(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
-  return _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1), power));
-}
-INLINE __m512 gelu(__m512 v) { /* within 5e-7 */
-  __m512 at = _mm512_min_ps(_mm512_set1_ps(15.49f), _mm512_mul_ps(_mm512_abs_ps(v), _mm512_set1_ps(1 / .36f)));
-  __m512 piece = _mm512_add_ps(at, _mm512_set1_ps(12582912)); /* its last bits are the nearest whole number */
-  __m512 off = _mm512_sub_ps(at, _mm512_sub_ps(piece, _mm512_set1_ps(12582912)));
-  __m512i index = _mm512_castps_si512(piece);
-  __m512 tail = _mm512_permutexvar_ps(index, _mm512_load_ps(tails));
-  for (int i = 1; i < 5; ++i)
-    tail = _mm512_fmadd_ps(tail, off, _mm512_permutexvar_ps(index, _mm512_load_ps(tails + 16 * i)));
-  return _mm512_sub_ps(_mm512_max_ps(_mm512_setzero_ps(), v), tail);
-}
-INLINE __m512 gelu_tanh(__m512 v) {
-  __m512 cubed = _mm512_fmadd_ps(_mm512_mul_ps(v, v), _mm512_set1_ps(.044715f), _mm512_set1_ps(1));
-  return sigmoid_of(_mm512_mul_ps(_mm512_mul_ps(v, cubed), _mm512_set1_ps(1.59576912f)), v);
-}
-static __attribute__((noinline)) void activate(int64_t kind, __m512 *v, int count) {
-  for (int i = 0; kind == RELU && i < count; ++i) v[i] = _mm512_max_ps(_mm512_setzero_ps(), v[i]);
-  if (kind == GELU && count == 4) { /* four chains at once */
-    #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) v[i] = gelu(v[i]);
-  } else if (kind == GELU) for (int i = 0; i < count; ++i) v[i] = gelu(v[i]);
-  for (int i = 0; kind == GELU_TANH && i < count; ++i) v[i] = gelu_tanh(v[i]);
-  for (int i = 0; kind == SILU && i < count; ++i) v[i] = sigmoid_of(v[i], v[i]);
+INLINE Vector scaled(Vector x, Vector power) { return _mm512_scalef_ps(x, power); } /* x 2^power */
+INLINE Vector pick(const float *table, Vector last) { /* of 16, by the last bits */
+  return _mm512_permutexvar_ps(_mm512_castps_si512(last), _mm512_load_ps(table));
 }
 """
+    + ACTIVATIONS
 )

@@ -150,7 +150,8 @@ def applied(model: nn.Module, method, seen: list[dict]) -> nn.Module:
 
     view = View(deepcopy(model))
     plan = method.plan(view)
-    method.apply(view, method.calibrate(view, plan, seen) if method.uses_data else plan)
+    asked = method.needs_data or method.uses_data
+    method.apply(view, method.calibrate(view, plan, seen) if asked else plan)
     return view.model
 
 
@@ -208,6 +209,24 @@ def evit(model, share, seen, left):
     return first_within(model, share, makers, left)
 
 
+def packed(model, share, seen, left):
+    """Each image with as many tokens as it needs, within the budget on average."""
+    from compress.transforms.tokens.pack import Pack
+
+    return applied(model, Pack(flops=share), seen) if "pixel_values" in seen[0] else None
+
+
+def slimmed(model, share, seen, left):
+    """Learned mixes of tokens, trained at the largest number that keeps to the budget."""
+    from compress.transforms.tokens.slim import Slim
+
+    if "pixel_values" not in seen[0]:
+        return None
+    shares = (step / 100 for step in range(96, 2, -2))
+    keep = next((keep for keep in shares if left(applied(model, Slim(keep=keep, steps=1), seen[:1])) <= share), None)
+    return keep and applied(model, Slim(keep=keep), seen)
+
+
 def searched(model, share, seen, left):
     """Ours."""
     from compress.transforms.tokens.merge import Merge
@@ -234,6 +253,8 @@ CONTENDERS = {
     "PiToMe": constant("energy"),
     "EViT": evit,
     "2x2 pooling": pooled,
+    "tokens.pack": packed,
+    "tokens.slim": slimmed,
     "tokens.merge, searched": searched,
     "heads.exact, tokens.merge": after_exact,
 }

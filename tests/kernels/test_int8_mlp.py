@@ -14,7 +14,9 @@ from compress.nn.int8_linear import Int8Linear
 from compress.nn.int8_mlp import Int8Mlp
 from compress_kernels.int8_linear import int8_linear
 from compress_kernels.int8_linear.torch_path import FUNCTIONS
-from compress_kernels.int8_mlp import int8_mlp, plain
+from compress_kernels.int8_mlp import SCHEMA, int8_mlp, plain
+from compress_kernels.int8_mlp.source import SOURCES
+from compress_kernels.native import build
 
 
 def layer(depth, width, factor=False, bias=True):
@@ -51,6 +53,22 @@ def test_equals_two_layers_to_the_bit(count, dtype, threads):
 def test_equals_two_layers_at_any_size(count, depth, between, width, activation):
     x, up, down = rows(count, depth), layer(depth, between), layer(between, width)
     assert torch.equal(int8_mlp(x, up, down, activation), one_after_the_other(x, up, down, activation))
+
+
+@pytest.mark.parametrize("number", range(len(SOURCES)), ids=["wide", "narrow"])
+def test_each_c_kernel_equals_two_layers(number, threads):
+    name = f"int8_mlp_{number}"
+    if not hasattr(torch.ops.compress, name):
+        library = build(SOURCES[number])
+        if library is None:
+            pytest.skip("no C compiler, or a processor without these instructions")
+        torch.library.define(f"compress::{name}", SCHEMA)
+        assert library.install(name.encode()) == 0
+    for count in (1, 30, 500):
+        for depth, between, width in ((70, 130, 33), (64, 2100, 65)):
+            x, up, down = rows(count, depth), layer(depth, between), layer(between, width)
+            got = getattr(torch.ops.compress, name)(x, *up, *down, list(FUNCTIONS).index("relu"), 64)
+            assert torch.equal(got, one_after_the_other(x, up, down, "relu", 64))
 
 
 def test_any_leading_dimensions_other_types_and_no_rows():

@@ -34,9 +34,9 @@ def int8_linear(
 ) -> Tensor:
     """x [..., in] times input_factor [in], quantized, times weight [out, in] int8 with weight_scale [out, 1].
 
-    Without an input_scale each row gets the scale and the zero point that span its values, or each `group` of its
-    inputs (a multiple of 64; 0: all). The result has the dtype of x, and without an activation the same bits on every
-    CPU path; no number of threads changes any.
+    Without an input_scale each row gets the scale and the zero point (0..255) that span its values, or each `group` of
+    its inputs (a multiple of 64; 0: all). The result has the dtype of x, and without an activation the same bits on
+    every CPU path; no number of threads changes any.
     """
     assert x.shape[-1] == weight.shape[1], f"x has {x.shape[-1]} features, the weight {weight.shape[1]}"
     kind = KINDS.index(activation)

@@ -46,7 +46,7 @@ def contestants(rows: int, depth: int, width: int) -> dict:
     for path in (int8_linear(x, codes, scale, bias), plain(x, codes, scale, bias, None, None, None)):
         error = (path - expected).norm() / expected.norm()
         assert error < 1e-5, f"int8_linear is off by {error:.1e}"
-    contestants = {
+    found = {
         "fp32": lambda: F.linear(x, weight, bias),
         "fp32 packed": lambda: linear(x, packed, bias, "none", [], ""),
         "torch.ao dynamic": lambda: dynamic(x, stock, True),
@@ -56,8 +56,8 @@ def contestants(rows: int, depth: int, width: int) -> dict:
     }
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed_half = reorder(half, rows)
-        contestants["bf16 packed"] = lambda: linear(x_half, packed_half, half_bias, "none", [], "")
-    return contestants
+        found["bf16 packed"] = lambda: linear(x_half, packed_half, half_bias, "none", [], "")
+    return found
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What int8_linear in C asks of the processor, for those with AVX2 only: codes in words, products two at a time.
 
-Bytes cannot be multiplied exactly there (sums of two products saturate), words can, at twice the rate of float32. A
+Bytes cannot be multiplied exactly there (sums of two products saturate), words can, at up to twice float32's rate. A
 code is kept less its zero point, so that nothing is left to undo but the scale.
 """
 
@@ -33,7 +33,7 @@ INLINE void encode(const float *values, int64_t from, int64_t to, float inverse,
     __m256i code[2];
     for (int q = 0; q < 2; ++q) {
       __m256 v = _mm256_mul_ps(_mm256_load_ps(values + k + 8 * q), inverses);
-      if (cut) v = _mm256_min_ps(v, most);
+      if (cut) v = _mm256_max_ps(_mm256_set1_ps(-65536), _mm256_min_ps(v, most));
       __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32(v), zeros);
       whole = _mm256_max_epi32(_mm256_setzero_si256(), _mm256_min_epi32(last, whole));
       code[q] = _mm256_sub_epi32(whole, zeros);
@@ -48,7 +48,7 @@ typedef struct {
   __m256 scale[2], bias[2];
   int16_t weight[] __attribute__((aligned(64)));
 } Panel;
-static int64_t panel_bytes(const Job *j) { return parts(sizeof(Panel) + j->stride * PANEL * 2, 64) * 64; }
+static int64_t panel_bytes(const Job *j) { return sizeof(Panel) + j->stride * PANEL * 2; }
 
 INLINE __m128i load_weights(const int8_t *from, int64_t count) { /* zeros behind the first ones */
   if (count >= 16) return _mm_loadu_si128((const __m128i *)from);
@@ -82,11 +82,11 @@ static void pack(const Job *j, int64_t n, Panel *to) {
     to->bias[q] = j->bias.data ? load(j->bias, start, left) : _mm256_set1_ps(-0.f);
   }
 }
-/* Two codes times those of 16 outputs. As instructions: compilers spill the sums of the intrinsics. */
+/* Two codes of a row times two weights of 16 outputs. As instructions: compilers spill the sums of the intrinsics. */
 INLINE void dot(__m256i *low, __m256i *high, const Code *codes, __m256i w0, __m256i w1) {
   __m256i a, b;
   __asm__("vpbroadcastd %4, %2\n vpmaddwd %5, %2, %3\n vpaddd %3, %0, %0\n vpmaddwd %6, %2, %2\n vpaddd %2, %1, %1"
-          : "+x"(*low), "+x"(*high), "=&x"(a), "=&x"(b) : "m"(*(const Code (*)[2])codes), "x"(w0), "x"(w1));
+          : "+&x"(*low), "+&x"(*high), "=&x"(a), "=&x"(b) : "m"(*(const Code (*)[2])codes), "x"(w0), "x"(w1));
 }
 INLINE void tile(const int R, const Job *j, const Panel *p, Rows rows, int64_t i, int64_t n) {
   __m256i sum[TILE][2];
@@ -162,7 +162,7 @@ INLINE void strip(const int R, const Job *j, Rows rows, int64_t i, int64_t n) {
   }
   __m256 scale = load(j->weight_scale, n, left), bias = j->bias.data ? load(j->bias, n, left) : _mm256_set1_ps(-0.f);
   for (int r = 0; r < R; ++r) {
-    __m256 v = _mm256_add_ps(_mm256_mul_ps(_mm256_zextps128_ps256(total[r]), scale), bias);
+    __m256 v = _mm256_add_ps(_mm256_mul_ps(_mm256_castps128_ps256(total[r]), scale), bias);
     if (j->activation) activate(j->activation, &v, 1);
     store(j->out, j->x.half, (i + r) * j->width + n, v, left);
   }

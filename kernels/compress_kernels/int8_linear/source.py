@@ -20,7 +20,7 @@ typedef struct {
   int64_t rows, depth, width, activation;
   const float *scale; const int32_t *zero; /* of all activations, or NULL: found for each group of inputs of a row */
   int64_t group, groups; /* inputs of a group, a multiple of 64; groups of a row */
-  int64_t stride, block, columns; /* codes of a row, at least; rows and panels of a task */
+  int64_t stride, block, columns; /* codes of a row with its padding; rows and panels of a task */
   int8_t *panels;
 } Job;
 typedef struct { void *codes; float *scale; int32_t *zero; } Rows; /* and what undoes the codes of each group */
@@ -104,7 +104,7 @@ static void few(int64_t begin, int64_t end, void *job) {
     int64_t i = 0;
     for (; i + STRIP <= j->rows; i += STRIP) strip(STRIP, j, rows, i, n);
     switch (j->rows - i) {
-      case 3: strip(3 < STRIP ? 3 : STRIP, j, rows, i, n); break; /* fewer than a strip are left */
+      case 3: strip(3 < STRIP ? 3 : 1, j, rows, i, n); break; /* never where a strip is two */
       case 2: strip(2, j, rows, i, n); break;
       case 1: strip(1, j, rows, i, n); break;
     }
@@ -148,7 +148,8 @@ static void operator(Value *stack, uint64_t inputs, uint64_t outputs) {
             & floats(optional(stack[4]), &j.factor) & floats(optional(stack[5]), &scale);
   aoti_torch_get_dim(x, &dims);
   int64_t depth = sizes(weight)[1], group = (int64_t)stack[8];
-  if (!known || !whole(weight) || dims > 16 || depth > DEEPEST || !dims || sizes(x)[dims - 1] != depth || group % 64) {
+  int fits = 0 < dims && dims <= 16 && 0 < depth && depth <= DEEPEST && group % 64 == 0;
+  if (!known || !whole(weight) || !fits || sizes(x)[dims - 1] != depth) {
     hand_over("compress::int8_linear_plain", stack);
     return;
   }
@@ -156,7 +157,7 @@ static void operator(Value *stack, uint64_t inputs, uint64_t outputs) {
   for (int64_t d = 0; d < dims - 1; ++d) shape[d] = sizes(x)[d], j.rows *= shape[d];
   shape[dims - 1] = j.width;
   Tensor out = empty(dims, shape, j.x.half);
-  float fixed = scale.data ? first(scale) : 0;
+  float fixed = scale.data ? value_of(scale) : 0;
   int32_t middle = 128;
   j.activation = (int64_t)stack[7];
   j.weight = address(weight), j.out = address(out);

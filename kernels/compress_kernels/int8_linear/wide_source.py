@@ -31,7 +31,7 @@ INLINE void encode(const float *values, int64_t from, int64_t to, float inverse,
     __m512i code[4];
     for (int q = 0; q < 4; ++q) {
       __m512 v = _mm512_mul_ps(_mm512_load_ps(values + k + 16 * q), inverses);
-      if (cut) v = _mm512_min_ps(v, most);
+      if (cut) v = _mm512_max_ps(_mm512_set1_ps(-65536), _mm512_min_ps(v, most));
       code[q] = _mm512_add_epi32(_mm512_cvtps_epi32(v), zeros);
     }
     __m512i words = _mm512_packs_epi32(code[0], code[1]), more = _mm512_packs_epi32(code[2], code[3]);
@@ -125,13 +125,13 @@ INLINE __m512i across(const __m512i s[4]) { /* the sum of each */
   return _mm512_castsi128_si512(_mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
 }
 INLINE void strip(const int R, const Job *j, Rows rows, int64_t i, int64_t n) {
-  __m512 total[4];
+  __m512 total[STRIP];
   const int8_t *w[4];
   const Code *codes = (const Code *)rows.codes + i * j->stride;
   int64_t left = j->width - n, stride = j->stride, depth = j->depth, k = 0;
   for (int q = 0; q < 4; ++q) w[q] = j->weight + (n + (q < left ? q : 0)) * depth;
   for (int64_t g = 0; g < j->groups; ++g) {
-    __m512i sum[4][4], own[4], v[4], ones = _mm512_set1_epi8(1);
+    __m512i sum[STRIP][4], own[4], v[4], ones = _mm512_set1_epi8(1);
     #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       own[q] = _mm512_setzero_si512();

@@ -45,7 +45,7 @@ static int layer(Job *j, Value *stack) { /* weight, scale, bias, factor; 0: not 
   static const int32_t unused = 128;
   j->weight = address(weight), j->width = sizes(weight)[0], j->depth = sizes(weight)[1];
   j->scale = NULL, j->zero = &unused;
-  return known && j->depth <= DEEPEST;
+  return known && j->depth && j->depth <= DEEPEST;
 }
 static void operator(Value *stack, uint64_t inputs, uint64_t outputs) {
   Pair pair; Job *up = &pair.up, *down = &pair.down;
